@@ -1,0 +1,486 @@
+"""
+Train a normalized Transformer: one process, one node or several.
+
+    python train.py --width=256 --depth=4 --steps=400           one GPU, or the CPU
+    torchrun train.py --width=1024                              the same, started by torchrun
+    torchrun --nproc_per_node=8 train.py --width=2048           eight GPUs
+    torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py …    on each of four nodes
+    python train.py --out_dir=out --resume                      continue a run that was stopped; its options come with it
+    python train.py --out_dir=out --resume --sample_only        text from a trained model
+
+The block below is the configuration; each line is an option, --key=value. `python train.py --help` lists them.
+"""
+import argparse
+import csv
+import difflib
+import fcntl
+import functools
+import inspect
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel as DDP
+from tqdm import tqdm
+
+from model import GPT, GPTConfig
+from parametrize import COLUMNS, param_groups, parametrize
+from prepare_data import get_tokenizer, prepare_stdlib, read_tokens
+
+
+@dataclass
+class Config:
+    # model
+    width: int = 1024                   # d_model, a multiple of head_dim
+    depth: int = 10                     # number of blocks
+    head_dim: int = 64                  # size of an attention head; η does not carry over from one head_dim to another
+    seq_len: int = 1024                 # tokens a sequence
+    vocab_size: int = 0                 # 0: the data's vocabulary, rounded up to a multiple of 64
+    # parametrization: how η changes with the model. One base in every command, for tuning and for training.
+    parametrization: str = "nugpt"      # a column of the table in parametrize.py
+    base_width: int = 1024              # the width, depth and steps at which the table's multipliers are all 1
+    base_depth: int = 10                # (see base_width)
+    base_steps: int = 10_000            # (see base_width)
+    embedding_lr_mult: float = 1.0      # multiplies the learning rate of the embedding
+    unembedding_lr_mult: float = -1.0   # multiplies that of the unembedding; -1: the table's row "× at the base"
+    # optimization: Adam and a cosine; no warm-up, weight decay or gradient clipping
+    learning_rate: float = 2 ** -6      # η, the peak learning rate at the base
+    steps: int = 10_000                 # optimizer steps
+    batch_size: int = 64                # sequences a step, over all ranks and micro-batches
+    micro_batch_size: int = 16          # sequences a forward on one rank; 0: the rank's whole share at once
+    min_lr_ratio: float = 0.1           # where the cosine ends, as a fraction of the peak
+    beta1: float = 0.9                  # Adam's decay of the first moment
+    beta2: float = 0.95                 # Adam's decay of the second moment
+    eps: float = 1e-16                  # Adam's ε; 1e-8 would not be small beside the gradients of wide unit-norm models
+    seed: int = 0                       # of the initial weights, the data order and the sample
+    # data and output
+    data: str = "data/stdlib"           # folder made by prepare_data.py; this one is made when it is missing
+    out_dir: str = "out"                # where config.json, log.csv and ckpt.pt go; --out_dir= writes none
+    results: str = ""                   # a .csv file that gets one row for this run; many runs may share it
+    resume: bool = False                # continue from out_dir/ckpt.pt, if there is one
+    sample_only: bool = False           # with --resume: print a sample and stop
+    prompt: str = ""                    # what the sample begins with
+    sample_tokens: int = 256            # length of the sample; 0: none
+    # reports
+    log_every: int = 10                 # steps between rows of log.csv
+    eval_every: int = 500               # steps between evaluations; there is one after the last step, too
+    eval_tokens: int = 2 ** 20          # evaluate on about this many tokens, always the same, spread over val.bin
+    checkpoint_every: int = 1000        # steps between checkpoints; there is one after the last step, too
+    # machine
+    device: str = "auto"                # cuda, cpu, or auto: cuda where there is one
+    dtype: str = "auto"                 # of matrix products: float32, bfloat16, or auto: bfloat16 where the device multiplies it
+    compile: bool = True                # use torch.compile
+
+
+# Keys that may change when a run is resumed: those that do not touch the mathematics.
+FREE_ON_RESUME = ["data", "out_dir", "results", "resume", "sample_only", "prompt", "sample_tokens", "log_every", "eval_every",
+                  "checkpoint_every", "micro_batch_size", "device", "compile"]      # data: the same tokens elsewhere
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}     # dense bf16
+LOG_COLUMNS = ["step", "tokens", "learning_rate", "train_loss", "val_loss", "seconds", "tokens_per_second",
+               "attn_alpha", "mlp_alpha", "s_z", "status"]
+
+rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def say(*words):
+    if rank == 0:
+        tqdm.write(" ".join(map(str, words)))
+
+
+def fail(sentence):
+    """Bad input ends here: one sentence, exit code 1."""
+    sys.exit(f"train.py: {sentence}" if rank == 0 else 1)
+
+
+# ---------------------------------------------------------------- configuration
+
+def parse_args(argv):
+    """The options given in argv as {key: value}. Leaves with one sentence if one is unknown or of the wrong type."""
+    booleans = {"True": True, "true": True, "1": True, "False": False, "false": False, "0": False}
+    kinds = {int: (int, "a whole number"), float: (float, "a number"), str: (str, "text"),
+             bool: (lambda text: booleans[text], "True or False")}
+    helps = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     usage="%(prog)s [--key=value …]", allow_abbrev=False)
+    parser.error = lambda message: fail(f"{message}; `python train.py --help` lists all options")
+    for field in fields(Config):
+        parser.add_argument(f"--{field.name}", help=f"{helps[field.name]} [{field.default!r}]".replace("%", "%%"),
+                            metavar=field.type.__name__, **(dict(nargs="?", const="True") if field.type is bool else {}))
+    known, unknown = parser.parse_known_args(argv)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].split("=")[0].lstrip("-"), helps, n=1)
+        parser.error(f"unknown option {unknown[0]!r}" + (f", did you mean --{near[0]}?" if near else ""))
+    given = {}
+    for field in fields(Config):
+        text, (read, kind) = getattr(known, field.name), kinds[field.type]
+        if text is not None:
+            try:
+                given[field.name] = read(text)
+            except (ValueError, KeyError):
+                parser.error(f"--{field.name} must be {kind}, not {text!r}")
+    return given
+
+
+def check(config):
+    """Leave with one sentence if a value is impossible. The model's own sizes are GPTConfig's to check."""
+    for keys, allowed, words in (
+            ("steps batch_size log_every eval_every eval_tokens checkpoint_every base_width base_depth base_steps",
+             lambda v: v >= 1, "at least 1"),
+            ("micro_batch_size vocab_size sample_tokens seed", lambda v: v >= 0, "at least 0"),
+            ("learning_rate eps", lambda v: 0 < v < math.inf, "a positive finite number"),
+            ("beta1 beta2", lambda v: 0 <= v < 1, "at least 0 and less than 1"),
+            ("min_lr_ratio", lambda v: 0 <= v <= 1, "between 0 and 1"),
+            ("embedding_lr_mult", lambda v: 0 <= v < math.inf, "a finite number of at least 0"),
+            ("unembedding_lr_mult", lambda v: v == -1 or 0 <= v < math.inf, "a finite number of at least 0, or -1"),
+            ("parametrization", COLUMNS.__contains__, f"one of {', '.join(COLUMNS)}"),
+            ("device", ("auto", "cuda", "cpu").__contains__, "auto, cuda or cpu"),
+            ("dtype", ("auto", "float32", "bfloat16").__contains__, "auto, float32 or bfloat16")):
+        for key in keys.split():
+            if not allowed(getattr(config, key)):
+                fail(f"{key} must be {words}, not {getattr(config, key)}")
+    share, micro = config.batch_size // world_size, config.micro_batch_size
+    if config.batch_size % world_size:
+        fail(f"batch_size={config.batch_size} must be a multiple of the number of processes, {world_size}")
+    if 0 < micro < share and share % micro:
+        fail(f"micro_batch_size={micro} must divide the {share} sequences of a process, or be 0 for all at once")
+    if config.sample_only and not config.resume:
+        fail("sample_only needs --resume, and the --out_dir of a trained model")
+    if config.resume and not config.out_dir:
+        fail("resume needs the --out_dir of the run")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        fail("device=cuda, but PyTorch sees no GPU here; use --device=cpu")
+
+
+def load_checkpoint(given):
+    """The checkpoint to continue from, or None. Leaves if the options given do not go with what is in out_dir."""
+    out_dir, path = given.get("out_dir", Config.out_dir), Path(given.get("out_dir", Config.out_dir)) / "ckpt.pt"
+    if not given.get("resume"):
+        if out_dir and (Path(out_dir) / "log.csv").exists():
+            fail(f"{out_dir} already holds a run; continue it with --resume, or choose another --out_dir")
+        return None
+    if not path.exists():
+        if given.get("sample_only"):
+            fail(f"there is no trained model: {path} does not exist")
+        say(f"there is no {path} yet: starting at step 0")
+        return None
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    saved = checkpoint["config"]
+    changed = [key for key in given if key not in FREE_ON_RESUME and given[key] not in (saved[key], "auto")]
+    if changed:
+        fail(f"{path} has {', '.join(f'{key}={saved[key]} (now {given[key]})' for key in changed)}; a resumed run may change only "
+             f"{', '.join(FREE_ON_RESUME)}")
+    return checkpoint
+
+
+# ---------------------------------------------------------------- data
+
+def load_data(folder):
+    """(train tokens, val tokens, meta) of a folder made by prepare_data.py; leaves if one of its files is not right."""
+    meta_path = Path(folder) / "meta.json"
+    if not meta_path.exists():
+        if folder != Config.data:
+            fail(f"{folder} is no data folder (it has no meta.json); make one with prepare_data.py")
+        if rank == 0:
+            print(f"making the default data, Python's standard library, in {folder}")
+            prepare_stdlib(folder, progress=False)
+    if world_size > 1:
+        dist.barrier()
+    meta = json.loads(meta_path.read_text())
+    train, val = (read_tokens(Path(folder) / f"{split}.bin") for split in ("train", "val"))
+    for split, tokens in (("train", train), ("val", val)):
+        if len(tokens) != meta[split]["tokens"]:
+            raise ValueError(f"{folder}/{split}.bin has {len(tokens):,} tokens, but {meta_path} says {meta[split]['tokens']:,}")
+    return train, val, meta
+
+
+@functools.lru_cache(maxsize=2)
+def shuffled(seed, epoch, windows):
+    return np.random.default_rng((seed, epoch)).permutation(windows)
+
+
+def batch_starts(seed, step, batch_size, seq_len, num_tokens):
+    """
+    Where the sequences of batch `step` begin: a pure function of (seed, step). An epoch cuts the tokens into windows of
+    seq_len, at an offset of its own, and goes through them in an order of its own; every window comes once an epoch.
+    """
+    windows, starts = (num_tokens - 1) // seq_len, []
+    for i in range(step * batch_size, (step + 1) * batch_size):
+        epoch, i = divmod(i, windows)
+        offset = epoch % ((num_tokens - 1) % seq_len + 1)
+        starts.append(offset + int(shuffled(seed, epoch, windows)[i]) * seq_len)
+    return starts
+
+
+def sequences(tokens, starts, seq_len, device):
+    """Inputs and targets, both (B, T) int64, of the sequences that begin at starts."""
+    rows = torch.from_numpy(np.stack([tokens[s:s + seq_len + 1] for s in starts]).astype(np.int64))
+    if device.type == "cuda":
+        rows = rows.pin_memory().to(device, non_blocking=True)
+    return rows[:, :-1], rows[:, 1:]
+
+
+# ---------------------------------------------------------------- files
+
+def write_aside(path, write):
+    """write(temporary path), then rename: the file at `path` is the old one or the whole new one, never a part."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def write_csv(path, columns, rows):
+    def write(temporary):
+        with open(temporary, "w", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(rows)
+    write_aside(path, write)
+
+
+def read_csv(path):
+    if not os.path.exists(path):
+        return []
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def append_result(path, row):
+    """Add a row to a .csv to which other processes add too: under a lock on its folder, by writing the file anew. Rows from
+    before some option existed get that option's default."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        old, defaults = read_csv(path), asdict(Config())
+        columns = dict.fromkeys([*row, *(old[0] if old else ())])
+        write_csv(path, columns, [{key: r.get(key, defaults.get(key, "")) for key in columns} for r in (*old, row)])
+    finally:
+        os.close(lock)
+
+
+def versions():
+    commit = subprocess.run(["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    return dict(commit=commit.stdout.strip(), python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
+
+
+# ---------------------------------------------------------------- the run
+
+def schedule(step, config):
+    """Cosine from 1 at step 0 to min_lr_ratio at the end."""
+    return config.min_lr_ratio + (1 - config.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * step / config.steps))
+
+
+def print_sample(model, config, tokenizer, autocast):
+    """Print config.sample_tokens tokens drawn from the model after config.prompt."""
+    encode, decode, vocab_size, end_of_text = get_tokenizer(tokenizer)
+    prompt = list(encode([config.prompt])[0]) or [ord("\n") if end_of_text is None else end_of_text]
+    torch.manual_seed(config.seed)
+    with autocast:
+        tokens = model.generate(torch.tensor([prompt], device=model.embedding.device), config.sample_tokens, top_k=50)
+    tokens = [token for token in tokens[0].tolist() if token < vocab_size]     # the model's vocabulary may be rounded up
+    say(f"{'-' * 30} sample {'-' * 30}\n{decode(tokens)}\n{'-' * 68}")
+
+
+def main():
+    started = time.perf_counter()
+    given = parse_args(sys.argv[1:])
+    checkpoint = load_checkpoint(given)
+    config = Config(**{**(checkpoint["config"] if checkpoint else {}), **given})
+    check(config)
+
+    # Devices and processes
+    on_gpu = config.device == "cuda" or config.device == "auto" and torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    elif config.compile and not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")):
+        say("torch.compile needs a C++ compiler for the CPU and found none: going on without it, more slowly")
+        config.compile = False
+    if world_size > 1:
+        dist.init_process_group("nccl" if on_gpu else "gloo")
+    if config.dtype == "auto":
+        cpu_flags = Path("/proc/cpuinfo")
+        has_bf16 = torch.cuda.is_bf16_supported() if on_gpu else cpu_flags.exists() and "bf16" in cpu_flags.read_text()
+        config.dtype = "bfloat16" if has_bf16 else "float32"
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
+    if not on_gpu and config.dtype == "bfloat16" and config.seq_len <= 256:
+        # On short bf16 sequences PyTorch's fused attention for the CPU is 3 times as slow as its plain one, mostly backward.
+        torch.backends.cuda.enable_flash_sdp(False)     # despite their names these two switch the CPU's attention, too
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+
+    # Data, model, optimizer
+    try:
+        train, val, meta = (None, None, checkpoint["data"]) if config.sample_only else load_data(config.data)
+        if checkpoint and meta["train"] != checkpoint["data"]["train"]:
+            raise ValueError(f"{config.data} does not hold the tokens that {config.out_dir}/ckpt.pt was trained on")
+        config.vocab_size = config.vocab_size or 64 * math.ceil(meta["vocab_size"] / 64)
+        if config.vocab_size < meta["vocab_size"]:
+            raise ValueError(f"vocab_size must be at least {meta['vocab_size']}, the vocabulary of {config.data}, "
+                             f"not {config.vocab_size}")
+        if not config.sample_only and min(len(train), len(val)) <= config.seq_len:
+            raise ValueError(f"{config.data} has {len(train):,} + {len(val):,} tokens; each must be more than seq_len={config.seq_len}")
+        rescalers, lr_scale = parametrize(
+            config.parametrization, config.width, config.depth, config.steps, config.base_width, config.base_depth,
+            config.base_steps, config.embedding_lr_mult, None if config.unembedding_lr_mult == -1 else config.unembedding_lr_mult)
+        model_config = GPTConfig(config.width, config.depth, config.head_dim, config.vocab_size, config.seq_len, **rescalers)
+    except ValueError as error:
+        fail(error)
+    torch.manual_seed(config.seed)
+    with device:
+        model = GPT(model_config)
+    optimizer = torch.optim.Adam(param_groups(model, lr_scale), betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+    step, seconds, train_loss, val_loss = 0, 0.0, math.nan, math.nan
+    if checkpoint:
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        step, seconds, train_loss, val_loss = (checkpoint[key] for key in ("step", "seconds", "train_loss", "val_loss"))
+    if config.sample_only:
+        print_sample(model, config, meta["tokenizer"], autocast)
+        return
+    forward = torch.compile(model) if config.compile else model
+    normalize_weights = torch.compile(model.normalize_weights) if config.compile else model.normalize_weights
+    ddp = DDP(forward, device_ids=[device.index] if on_gpu else None, gradient_as_bucket_view=True) if world_size > 1 else forward
+
+    # How a batch is shared out
+    share = config.batch_size // world_size                             # sequences of this rank
+    micro = min(config.micro_batch_size or share, share)                # and of one forward
+    tokens_per_step = config.batch_size * config.seq_len
+    windows = (len(val) - 1) // config.seq_len                          # evaluate on windows spread evenly over val.bin
+    val_windows = min(windows, max(1, config.eval_tokens // config.seq_len))
+    val_starts = [i * windows // val_windows * config.seq_len for i in range(val_windows)]
+    device_name = torch.cuda.get_device_name(device) if on_gpu else "cpu"
+    peak = next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None) if config.dtype == "bfloat16" else None
+    say(f"{config.parametrization}: {model.num_params():,} parameters ({model.num_params(embeddings=False):,} without embeddings), "
+        f"{config.steps:,} steps of {tokens_per_step:,} tokens, {config.dtype} on {world_size} × {device_name}")
+    say(f"evaluation on {val_windows} windows of {config.seq_len} tokens, spread evenly over {config.data}/val.bin")
+
+    out_dir = Path(config.out_dir) if config.out_dir and rank == 0 else None
+    if out_dir:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        record = dict(config=asdict(config), learning_rates={name: config.learning_rate * scale for name, scale in lr_scale.items()},
+                      rescalers=rescalers, parameters=model.num_params(), processes=world_size, device=device_name, data=meta, **versions())
+        write_aside(out_dir / "config.json", lambda path: Path(path).write_text(json.dumps(record, indent=1) + "\n"))
+        write_csv(out_dir / "log.csv", LOG_COLUMNS, [row for row in read_csv(out_dir / "log.csv") if int(row["step"]) <= step])
+
+    def log(**row):
+        if out_dir:
+            with open(out_dir / "log.csv", "a", newline="") as file:
+                csv.DictWriter(file, LOG_COLUMNS).writerow(row)
+
+    def evaluate():
+        """Mean loss over the sequences at val_starts, in nats a token; each rank takes its share."""
+        total = torch.zeros(2, dtype=torch.float64, device=device)      # sum of losses, number of targets
+        for first in range(rank * micro, len(val_starts), world_size * micro):
+            starts = val_starts[first:first + micro]
+            x, y = sequences(val, (starts * micro)[:micro], config.seq_len, device)     # always micro sequences: one shape to compile,
+            y[len(starts):] = -1                                                        # but none counts twice
+            with torch.no_grad(), autocast:
+                total[0] += forward(x, y)[1] * (len(starts) * config.seq_len)
+            total[1] += len(starts) * config.seq_len
+        if world_size > 1:
+            dist.all_reduce(total)
+        return (total[0] / total[1]).item()
+
+    def mean_rescalers():
+        """Means of |α_A|, |α_M| and s_z over channels and blocks."""
+        values = dict(attn_alpha=[block.attn_alpha().abs() for block in model.blocks],
+                      mlp_alpha=[block.mlp_alpha().abs() for block in model.blocks], s_z=[model.s_z()])
+        return {name: f"{torch.cat(vectors).mean().item():.6g}" for name, vectors in values.items()}
+
+    def save_checkpoint():
+        if out_dir:
+            state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step, seconds=seconds,
+                         train_loss=train_loss, val_loss=val_loss, config=asdict(config), data=meta)
+            write_aside(out_dir / "ckpt.pt", lambda path: torch.save(state, path))
+
+    # The loop
+    status, rate = "finished", math.nan
+    bar = tqdm(total=config.steps, initial=step, unit="step", disable=rank != 0, dynamic_ncols=True,
+               mininterval=0.5 if sys.stderr.isatty() else 10)
+    clock, clock_step = time.perf_counter(), None       # the training clock; it begins after the first step
+    while step < config.steps:
+        learning_rate = config.learning_rate * schedule(step, config)
+        for group in optimizer.param_groups:
+            group["lr"] = group["lr_scale"] * learning_rate
+        starts = batch_starts(config.seed, step, config.batch_size, config.seq_len, len(train))[rank * share:(rank + 1) * share]
+        loss = torch.zeros((), device=device)
+        for i in range(0, share, micro):
+            if world_size > 1:
+                ddp.require_backward_grad_sync = i + micro == share     # average gradients over ranks with the last micro-batch
+            x, y = sequences(train, starts[i:i + micro], config.seq_len, device)
+            with autocast:
+                micro_loss = ddp(x, y)[1] * (micro / share)
+            micro_loss.backward()
+            loss += micro_loss.detach()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        normalize_weights()
+        step += 1
+        bar.update()
+
+        first, last = clock_step is None, step == config.steps
+        evaluating, saving = step % config.eval_every == 0 or last, step % config.checkpoint_every == 0 or last
+        logging = evaluating or step % config.log_every == 0
+        if not (first or saving or logging):
+            continue
+        if world_size > 1:
+            dist.all_reduce(loss)
+        train_loss = loss.item() / world_size       # the host waits for the device here, and nowhere else in the loop
+        now = time.perf_counter()
+        if first:
+            say(f"first step: {now - clock:.1f} s" + (", most of it torch.compile" if config.compile else ""))
+        else:
+            seconds, rate = seconds + now - clock, (step - clock_step) * tokens_per_step / (now - clock)
+            mfu = f", MFU {rate * model.flops_per_token() / (peak * world_size):.1%}" if peak else ""
+            bar.set_postfix_str(f"loss {train_loss:.3f}, {rate:,.0f} tokens/s{mfu}", refresh=False)
+        row = dict(step=step, tokens=step * tokens_per_step, learning_rate=f"{learning_rate:.6g}", train_loss=f"{train_loss:.6f}",
+                   seconds=f"{seconds:.2f}", tokens_per_second=f"{rate:.0f}")
+        if evaluating and math.isfinite(train_loss):
+            val_loss = evaluate()
+            row |= dict(val_loss=f"{val_loss:.6f}", **mean_rescalers())
+            say(f"step {step}/{config.steps}: train_loss {train_loss:.4f}, val_loss {val_loss:.4f}")
+        finite = [train_loss, val_loss if evaluating else 0.0]
+        if saving:
+            finite += [weight.sum().item() for weight in model.parameters()]
+        if not all(map(math.isfinite, finite)):
+            status, val_loss = "diverged", math.nan
+            log(**row, status=status)
+            break
+        if logging:
+            log(**row, status=status if last else "")
+        if saving:
+            save_checkpoint()
+        clock, clock_step = time.perf_counter(), step       # neither evaluation nor checkpoints count as training time
+    bar.close()
+
+    if status == "finished" and config.sample_tokens:
+        print_sample(model, config, meta["tokenizer"], autocast)
+    bits_per_byte = val_loss / math.log(2) * meta["val"]["tokens"] / meta["val"]["bytes"]
+    end = dict(step=step, val_loss=f"{val_loss:.4f}", bits_per_byte=f"{bits_per_byte:.4f}", train_loss=f"{train_loss:.4f}",
+               tokens=step * tokens_per_step, parameters=model.num_params(), status=status,
+               seconds=f"{time.perf_counter() - started:.1f}")
+    if config.results and rank == 0:
+        append_result(config.results, {**asdict(config), **end, "val_loss": f"{val_loss:.6f}", **mean_rescalers()})
+    say("final: " + " ".join(f"{key}={value}" for key, value in end.items()))
+    if world_size > 1:
+        dist.destroy_process_group()
+    sys.exit(3 if status == "diverged" else 0)
+
+
+if __name__ == "__main__":
+    main()
