@@ -38,6 +38,10 @@ class GPTConfig:
     mlp_scale: float = 1.0
     logit_init: float = 1.0             # s_z: logits
     logit_scale: float | None = None
+    # Only the plain GPT at the end of this file starts from these standard deviations; None: width^-1/2.
+    embedding_std: float = 1.0
+    hidden_std: float | None = None
+    unembedding_std: float | None = None
 
     def __post_init__(self):
         if self.width < 1 or self.head_dim < 2 or self.width % self.head_dim:
@@ -47,7 +51,7 @@ class GPTConfig:
         for name in ("depth", "vocab_size", "seq_len"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("alpha_scale", "qk_scale", "logit_scale"):
+        for name in ("alpha_scale", "qk_scale", "logit_scale", "hidden_std", "unembedding_std"):
             if getattr(self, name) is None:
                 setattr(self, name, self.width ** -0.5)
 
@@ -84,9 +88,16 @@ class Rescaler(nn.Module):
         super().__init__()
         self.init, self.scale = init, scale
         self.raw = nn.Parameter(torch.empty(shape))
+        # init/scale as a tensor: torch.compile would compile a Python number into its code, anew for every parametrization
+        self.register_buffer("gain", torch.empty(()), persistent=False)
+
+    @torch.no_grad()
+    def init_weights(self):
+        self.raw.fill_(self.scale)
+        self.gain.fill_(self.init / self.scale)
 
     def forward(self):
-        return self.raw * (self.init / self.scale)
+        return self.raw * self.gain
 
 
 class Block(nn.Module):
@@ -131,11 +142,11 @@ class GPT(nn.Module):
     Parameters are fp32 (the master weights of mixed precision). For bf16 compute call the model under torch.autocast:
     the matrix products are then bf16, hidden states and norms stay fp32.
     """
-    def __init__(self, config):
+    def __init__(self, config, block=Block):
         super().__init__()
         self.config = config
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.width))     # E_in      unit rows
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(block(config) for _ in range(config.depth))
         self.unembedding = nn.Parameter(torch.empty(config.vocab_size, config.width))   # E_out     unit rows, not tied
         self.s_z = Rescaler(config.vocab_size, init=config.logit_init, scale=config.logit_scale)
         self.register_buffer("rope", torch.empty(2, config.seq_len, config.head_dim // 2), persistent=False)
@@ -147,7 +158,7 @@ class GPT(nn.Module):
         again after `to_empty` if the model was built under torch.device("meta")."""
         for module in self.modules():
             if isinstance(module, Rescaler):
-                module.raw.fill_(module.scale)
+                module.init_weights()
         for weight, _ in self.sphere_weights():
             weight.normal_()
         self.rope.copy_(rope_table(self.config.seq_len, self.config.head_dim))
@@ -218,3 +229,53 @@ class GPT(nn.Module):
         matrix product plus 12 · depth · width · seq_len for attention, not halved for causality. E_in is a look-up."""
         matmul_params = sum(w.numel() for w, _ in self.sphere_weights()) - self.embedding.numel()
         return 6 * matmul_params + 12 * self.config.depth * self.config.width * (seq_len or self.config.seq_len)
+
+
+# ---------------------------------------------------------------- the opponent, for comparisons; nothing above needs it
+
+class PlainBlock(nn.Module):
+    """The usual block: RMSNorm without gains before attention and MLP, whose outputs are added to h (B, T, d)."""
+    def __init__(self, config):
+        super().__init__()
+        self.config, d, m = config, config.width, config.mlp_width
+        self.qkv, self.attn_out = nn.Parameter(torch.empty(3 * d, d)), nn.Parameter(torch.empty(d, d))
+        self.mlp_in, self.mlp_out = nn.Parameter(torch.empty(2 * m, d)), nn.Parameter(torch.empty(d, m))
+
+    def forward(self, h, table):
+        (B, T, d), D = h.shape, self.config.head_dim
+        q, k, v = F.linear(rms_norm(h), self.qkv).view(B, T, 3, d // D, D).permute(2, 0, 3, 1, 4)
+        q, k = rope(q, table).to(v.dtype), rope(k, table).to(v.dtype)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)     # softmax scale 1/√D
+        h = h + F.linear(y.transpose(1, 2).reshape(B, T, d), self.attn_out)
+        u, v = F.linear(rms_norm(h), self.mlp_in).chunk(2, dim=-1)
+        return h + F.linear(F.silu(v) * u, self.mlp_out)
+
+
+def rms_norm(x):
+    return norm(x) * math.sqrt(x.size(-1))
+
+
+class PlainGPT(GPT):
+    """A well-tuned standard GPT (pre-norm, RoPE, SwiGLU, no biases) of the same shape and interface. It is trained without
+    normalization of weights, with weight decay and warm-up: the columns gpt_sp and gpt_mup of parametrize.py."""
+    def __init__(self, config):
+        super().__init__(config, PlainBlock)
+        del self.s_z
+
+    @torch.no_grad()
+    def init_weights(self):
+        config = self.config
+        self.embedding.normal_(std=config.embedding_std)
+        self.unembedding.normal_(std=config.unembedding_std)
+        for block in self.blocks:
+            block.qkv.normal_(std=config.hidden_std)
+            block.mlp_in.normal_(std=config.hidden_std)
+            for out in (block.attn_out, block.mlp_out):     # smaller, as 2 · depth of them are added up (GPT-2 section 2.3)
+                out.normal_(std=config.hidden_std * (2 * config.depth) ** -0.5)
+        self.rope.copy_(rope_table(config.seq_len, config.head_dim))
+
+    def normalize_weights(self):
+        pass
+
+    def unembed(self, h):
+        return F.linear(rms_norm(h), self.unembedding)

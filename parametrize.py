@@ -9,9 +9,15 @@ m_w = width / base_width, m_d = depth / base_depth, m_t = steps / base_steps (st
 c = base_width^-1/2. A cell is a product of powers. "?" marks what the paper does not settle: see the notes below.
 """
 import argparse
+import csv
+import functools
+import math
+import os
 import re
 import sys
 from fractions import Fraction
+
+import numpy as np
 
 TABLE = """
                 | ngpt    | mup          | depth_mup               | nugpt_full   | nugpt_none   | nugpt        | what it sets
@@ -29,6 +35,21 @@ mlp_init        | 1       | 1            | 1                       | 1          
 mlp_scale       | 1       | 1            | 1                       | 1            | 1            | 1            |
 logit_init      | 1       | 1            | m_w^1/2 ?               | m_w^1/2      | m_w^1/2      | m_w^1/2      |   s_z
 logit_scale     | d^-1/2  | c            | c                       | c            | c            | c            |
+"""
+
+# The opponent, model.PlainGPT, in the standard parametrization and in μP (arXiv:2203.03466 table 3). head_dim is fixed, so
+# the softmax scale stays 1/√d_head in both. Instead of an output multiplier m_w^-1, μP's E_out starts and learns m_w^-1 as
+# fast, which Adam cannot tell from it. Train both with decay and warm-up: --weight_decay=0.1 --warmup_steps=…
+PLAIN_TABLE = """
+                | gpt_sp  | gpt_mup      | what it sets
+lr              | 1       | 1            | η of all tensors, times, for the
+lr_embedding    | 1       | 1            |   embedding
+lr_hidden       | 1       | m_w^-1       |   matrices of the blocks
+lr_unembedding  | 1       | m_w^-1       |   unembedding
+ × at the base  | 1       | 1            |     and this; tuned at the base
+embedding_std   | 1       | 1            | initialization: the embedding's standard deviation
+hidden_std      | d^-1/2  | d^-1/2       |   the blocks' (their outputs' (2 · depth)^-1/2 as much)
+unembedding_std | d^-1/2  | c · m_w^-1   |   the unembedding's
 """
 
 # Your own column: the column it starts from, and the cells it changes. One line here, and every script knows it.
@@ -59,22 +80,28 @@ TENSOR_CLASSES = {      # class: its parameters' names in model.py; param_groups
 }
 
 
-def read_table():
-    """TABLE and OWN as {column: {row: cell}}. Raises ValueError for a row with too many or too few cells."""
-    (_, *names, _), *rows = ([cell.strip() for cell in line.split("|")] for line in TABLE.strip("\n").splitlines())
+def read_table(text):
+    """A table as {column: {row: cell}}. Raises ValueError for a row with too many or too few cells."""
+    (_, *names, _), *rows = ([cell.strip() for cell in line.split("|")] for line in text.strip("\n").splitlines())
     for row, *cells in rows:
         if len(cells) != len(names) + 1:
-            raise ValueError(f"row {row!r} of TABLE has {len(cells) - 1} cells, but there are {len(names)} columns")
-    table = {name: {row: cells[i] for row, *cells in rows} for i, name in enumerate(names)}
-    for name, (start, changes) in OWN.items():
-        if start not in table or not changes.keys() <= table[start].keys():
-            raise ValueError(f"OWN[{name!r}] must start from one of {', '.join(table)}, and change some of the rows "
-                             f"{', '.join(table[names[0]])}")
+            raise ValueError(f"row {row!r} of the table has {len(cells) - 1} cells, but there are {len(names)} columns")
+    return {name: {row: cells[i] for row, *cells in rows} for i, name in enumerate(names)}
+
+
+def add_columns(table, own):
+    """table and the columns of `own`, as OWN describes them. Raises ValueError for an unknown column or row."""
+    table = dict(table)
+    for name, (start, changes) in own.items():
+        if start not in table:
+            raise ValueError(f"your column {name!r} must start from one of {', '.join(table)}, not from {start!r}")
+        if unknown := changes.keys() - table[start].keys():
+            raise ValueError(f"your column {name!r} changes {', '.join(unknown)}, but the rows are {', '.join(table[start])}")
         table[name] = {**table[start], **changes}
     return table
 
 
-COLUMNS = read_table()
+COLUMNS = add_columns(read_table(TABLE) | read_table(PLAIN_TABLE), OWN)
 
 
 def value(cell, **symbols):
@@ -94,7 +121,7 @@ def parametrize(name, width, depth, steps, base_width=1024, base_depth=10, base_
                 embedding_lr_mult=1.0, unembedding_lr_mult=None):
     """
     Column `name` for one model. Returns
-        rescalers: {"alpha_init": …, "alpha_scale": …, …}, keywords of model.GPTConfig;
+        initial:   {"alpha_init": …, "alpha_scale": …, …}, keywords of model.GPTConfig;
         lr_scale:  {"embedding": …, "hidden": …, "unembedding": …, "rescalers": …}, what to multiply η by.
     embedding_lr_mult multiplies the embedding's rate; unembedding_lr_mult takes the place of the row "× at the base".
     Raises ValueError for an unknown column or a size below 1.
@@ -108,10 +135,10 @@ def parametrize(name, width, depth, steps, base_width=1024, base_depth=10, base_
     symbols = dict(m_w=width / base_width, m_d=depth / base_depth, m_t=steps / base_steps, d=width, c=base_width ** -0.5)
     numbers = {row: value(cell, **symbols) for row, cell in COLUMNS[name].items()}
     tuned = numbers.pop("× at the base") if unembedding_lr_mult is None else unembedding_lr_mult
-    lr_scale = {tensors: numbers["lr"] * numbers["lr_" + tensors] for tensors in TENSOR_CLASSES}
+    lr_scale = {tensors: numbers["lr"] * numbers["lr_" + tensors] for tensors in TENSOR_CLASSES if "lr_" + tensors in numbers}
     lr_scale["embedding"] *= embedding_lr_mult
     lr_scale["unembedding"] *= tuned
-    return {row: number for row, number in numbers.items() if row.endswith(("_init", "_scale"))}, lr_scale
+    return {row: number for row, number in numbers.items() if row.endswith(("_init", "_scale", "_std"))}, lr_scale
 
 
 def param_groups(model, lr_scale):
@@ -129,6 +156,9 @@ def param_groups(model, lr_scale):
 
 
 def main():
+    if any(re.fullmatch(r"[^-].*\.csv", arg) for arg in sys.argv[1:]):
+        verdict_main()
+        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.error = lambda message: sys.exit(f"parametrize.py: {message} (see --help)")
@@ -137,17 +167,342 @@ def main():
         parser.add_argument(f"--{key}", type=int, default=default, help=f"default {default}")
     args = vars(parser.parse_args())
     if len(sys.argv) == 1:
-        print(TABLE.strip("\n") + "\n" + NOTES.rstrip())
+        print("\n".join((TABLE.strip("\n"), NOTES.rstrip(), PLAIN_TABLE.rstrip())))
         return
     try:
         columns = {name: parametrize(name, **args) for name in COLUMNS}
     except ValueError as error:
         parser.error(error)
     print(", ".join(f"{key} {args[key]:,}" for key in sizes))
-    print(f"{'':>18}" + "".join(f"{name:>12}" for name in columns))
-    for part, prefix in ((1, "η × "), (0, "")):
-        for row in columns["ngpt"][part]:
-            print(f"{prefix + row:>18}" + "".join(f"{columns[name][part][row]:>12.4g}" for name in columns))
+    for model in (read_table(TABLE), read_table(PLAIN_TABLE)):      # side by side: the columns, OWN ones too, with the same rows
+        rows = next(iter(model.values())).keys()
+        names = [name for name in columns if COLUMNS[name].keys() == rows]
+        print(f"\n{'':>18}" + "".join(f"{name:>12}" for name in names))
+        for part, prefix in ((1, "η × "), (0, "")):
+            for row in columns[names[0]][part]:
+                print(f"{prefix + row:>18}" + "".join(f"{columns[name][part][row]:>12.4g}" for name in names))
+
+
+# ---------------------------------------------------------------- the verdict: does the learning rate transfer?
+
+NUMBERS = {**dict.fromkeys(("width", "depth", "steps", "base_width", "base_depth", "base_steps", "seed", "parameters"), int),
+           **dict.fromkeys(("embedding_lr_mult", "unembedding_lr_mult", "learning_rate", "val_loss"), float)}
+RUN = [key for key in NUMBERS if key not in ("parameters", "val_loss")]
+MAY_DIFFER = {"parametrization", "width", "depth", "steps", "learning_rate", "seed", "micro_batch_size", "out_dir", "results",
+              "resume", "sample_only", "prompt", "sample_tokens", "log_every", "eval_every", "checkpoint_every",
+              "alignment_every", "device", "compile", "bench"}       # between the runs of one sweep
+
+
+def read_run(options, keys, where):
+    """{option: text} with numbers as numbers, log2(η) as "x" and inf as a diverged run's val_loss. Raises ValueError."""
+    run = {"status": "", **options}
+    for key in keys:
+        try:
+            run[key] = NUMBERS[key](run[key])
+            if key == "learning_rate":
+                run["x"] = round(math.log2(run[key]), 6)
+        except (KeyError, TypeError, ValueError, OverflowError):
+            raise ValueError(f"{where}: {key} must be a possible number, not {run.get(key)!r}") from None
+    if run["status"] == "diverged" or math.isnan(run.get("val_loss", 0)):
+        run["val_loss"] = math.inf
+    return run
+
+
+def read_results(path):
+    """The runs in a results file of train.py. Raises ValueError if it is none, or if its runs are not of one sweep."""
+    try:
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"cannot read {path}: {error}") from None
+    for key in ("parametrization", "step", "status", *NUMBERS):
+        if not rows or key not in rows[0]:
+            raise ValueError(f"{path} is no results file of train.py: it has no {f'column {key}' if rows else 'rows'}")
+    for key in list(rows[0])[:list(rows[0]).index("step")]:     # the configuration; what comes then is the outcome
+        if key not in MAY_DIFFER and len(values := {row[key] for row in rows}) > 1:
+            raise ValueError(f"{path} mixes runs with {key} = {' and '.join(sorted(map(str, values)))}; give each its own file")
+    return [read_run(row, NUMBERS, f"{path}, line {i}") for i, row in enumerate(rows, 2)]
+
+
+cached = functools.cache(parametrize)
+
+
+def as_column(run, name):
+    """
+    (model, shift) of column `name` at a run's size. Columns with equal models are the same run wherever log2(η) + shift is
+    equal. So at the base all columns share their runs. And over steps, at the base width and depth, they differ in the power
+    of m_t alone, which only multiplies η: one set of runs shows what happens with it and, η shifted, what happens without.
+    """
+    sizes = [run[key] for key in RUN if key.endswith(("width", "depth", "steps"))]
+    mult = run["unembedding_lr_mult"]
+    initial, scale = cached(name, *sizes, run["embedding_lr_mult"], None if mult == -1 else mult)
+    model = initial | {tensors: rate / scale["hidden"] for tensors, rate in scale.items()}
+    return (*sizes, *(f"{key} {number:.6g}" for key, number in model.items())), math.log2(scale["hidden"])
+
+
+def identity(run):
+    """Equal for runs that are the same, whatever their columns."""
+    model, shift = as_column(run, run["parametrization"])
+    return model, run["seed"], round(run["x"] + shift, 4)
+
+
+def curve(runs):
+    """{(log2 η, seed): loss} of one column at one size as a loss curve with its best η, the window around it, what to add."""
+    seeds, x = sorted({seed for _, seed in runs}), np.array(sorted({x for x, _ in runs}))
+    loss = np.array([[runs.get((a, seed), math.nan) for a in x] for seed in seeds])     # nan: not run; inf: diverged
+    # Seeds differ mostly by a shift. Each is moved to the common level, lest an η that only some have run be misplaced.
+    shared = np.isfinite(loss).all(0)
+    level = loss[:, shared].mean(1, keepdims=True) if shared.any() else np.zeros((1, 1))
+    mean = np.nanmean(loss - level, axis=0) + level.mean()
+    best = int(mean.argmin())
+    # The five η nearest the best, as many on its left as on its right: three, or one, if others are missing or diverged.
+    half = max((k for k in (1, 2) if k <= best < len(x) - k and np.isfinite(mean[best - k:best + k + 1]).all()), default=0)
+    window, step = slice(best - half, best + half + 1), float(np.median(np.diff(x))) if len(x) > 1 else 0.5
+    add = [(a, seed) for a in x[max(best - 2, 0):best + 3].tolist() for seed in seeds if (a, seed) not in runs]
+    for edge, outward, beyond in ((x[0], -step, mean[:best][::-1]), (x[-1], step, mean[best + 1:])):
+        if not np.isinf(beyond[:2]).any():      # behind a divergence there is nothing to look for
+            add += [(round(float(edge) + outward * i, 6), seed) for i in range(1, 3 - len(beyond)) for seed in seeds]
+    return dict(x=x, loss=loss, seeds=seeds, mean=mean, best=best, half=half, window=window, add=add, eta=float(x[best]),
+                complete=[i for i in range(len(seeds)) if np.isfinite(loss[i, window]).all()])
+
+
+def fit(curves):
+    """
+    loss = a[size, seed] + c · (log2 η - optimum[size, seed])² over the windows, one c for all, by linear least squares.
+    Returns {(log2 size, seed): (optimum, its variance judging by the scatter about the parabolas)}, degrees of freedom.
+    """
+    points = {(math.log2(size), one["seeds"][i]): (one["x"][one["window"]], one["loss"][i, one["window"]])
+              for size, one in curves.items() if one["half"] for i in one["complete"]}
+    slopes, bend, rest = {}, [], []
+    for key, (x, loss) in points.items():       # c is judged by what a straight line leaves of each curve
+        u = x - x.mean()
+        line = np.polyfit(u, np.stack((u * u, loss), axis=1), 1)
+        slopes[key] = line[0]
+        bend.extend(u * u - np.polyval(line[:, 0], u))
+        rest.extend(loss - np.polyval(line[:, 1], u))
+    bend, rest = np.array(bend), np.array(rest)
+    if not bend @ rest > 0:     # no size has its best inside its grid, or noise has drowned the minimum
+        return {}, 0
+    c, freedom = (bend @ rest) / (bend @ bend), len(rest) - 2 * len(points) - 1
+    noise = ((rest - c * bend) ** 2).sum() / freedom if freedom else math.inf
+    return {key: (x.mean() - (slopes[key][1] - c * slopes[key][0]) / (2 * c), noise / (4 * c * c * x.var() * len(x)))
+            for key, (x, _) in points.items()}, freedom
+
+
+def student(freedom):
+    """The 97.5 % quantile of Student's t. With t = √freedom · tan(θ) its density is cos(θ)^(freedom - 1)."""
+    theta = np.linspace(0, math.pi / 2, 20_001)
+    density = np.cos(theta) ** (freedom - 1)
+    area = np.cumsum(density) - (density + density[0]) / 2      # trapezoids
+    return math.sqrt(freedom) * math.tan(np.interp(0.95 * area[-1], area, theta))
+
+
+def drift(optima, freedom):
+    """
+    Slope of the optima over log2 size, in octaves a doubling, half its 95 % interval, and the number of seeds behind it; None
+    for fewer than two sizes. All η of a curve share its luck, so the unit is the curve: the interval comes from the scatter
+    of the optima about parallel lines, one a seed, with (curves - seeds - 1) degrees of freedom. A single seed has only the
+    scatter about the parabolas to go by, with `freedom` degrees, which leaves out how optima scatter: it is too short.
+    """
+    seeds = [seed for seed in {seed for _, seed in optima} if len({s for s, its in optima if its == seed}) > 1]
+    if not seeds:
+        return None
+    groups = [np.array([(s, *optima[s, its]) for s, its in optima if its == seed]) for seed in seeds]
+    s, x, variance = np.concatenate([group - group.mean(0) * (1, 1, 0) for group in groups]).T
+    slope = s @ x / (s @ s)
+    if len(seeds) > 1:
+        freedom = len(s) - len(seeds) - 1
+        variance = ((x - slope * s) ** 2).sum() / freedom
+    error = math.sqrt((s * s * variance).sum()) / (s @ s)
+    return float(slope), student(freedom) * error if freedom else math.inf, len(seeds)
+
+
+def loss_at(one, x):
+    """Mean loss of a curve at log2 η = x, by the parabola through the three nearest points; inf where one of them diverged."""
+    near = np.argsort(abs(one["x"] - x), kind="stable")[:3]
+    usable = len(near) == 3 and np.isfinite(one["mean"][near]).all()
+    return float(np.polyval(np.polyfit(one["x"][near], one["mean"][near], 2), x)) if usable else math.inf
+
+
+def judge(rows, axis=None, control="ngpt"):
+    """
+    The verdict on runs of read_results: (axis, {column: {"curves": {size: curve}, "drift", "difference", "regret", …}}).
+    Columns are those of the runs, and also the control and nugpt where runs of other names are theirs at several sizes.
+    Raises ValueError if the sizes do not lie on one axis.
+    """
+    varying = [key for key in ("width", "depth", "steps") if len({run[key] for run in rows}) > 1]
+    axis = axis or ("parameters" if len(varying) > 1 else (varying or ["width"])[0])
+    sizes, verdicts = {}, {}
+    for run in sorted(rows, key=lambda run: run[axis]):
+        sizes.setdefault(run[axis], []).append(run)
+    for size, here in sizes.items():
+        if differing := [key for key in varying if len({run[key] for run in here}) > 1]:
+            raise ValueError(f"runs with {axis} = {size} differ in {' and '.join(differing)}; give each its own file")
+    named = {run["parametrization"] for run in rows}
+    for name in [name for name in COLUMNS if name in {*named, control, "nugpt"}]:
+        curves = {}
+        for size, here in sizes.items():
+            own, runs = any(run["parametrization"] == name for run in here), {}
+            for run in here:
+                (model, its_shift), (wanted, shift) = as_column(run, run["parametrization"]), as_column(run, name)
+                if model == wanted and (abs(its_shift - shift) < 1e-6 or not own):
+                    runs[round(run["x"] + its_shift - shift, 6), run["seed"]] = run["val_loss"]
+            if runs:
+                curves[size] = dict(curve(runs), run=here[0], own=own)
+        if len(curves) < 2 and name not in named:
+            continue
+        optima, freedom = fit(curves)
+        for size, one in curves.items():
+            one["eta"] = float(np.mean([optima[key][0] for key in optima if key[0] == math.log2(size)] or one["eta"]))
+        first, *larger = curves.values()
+        for one in larger if first["half"] else ():     # a curve rises outwards: where η lies outside the grid, the grid's edge bounds the loss from below
+            nearest = float(np.clip(first["eta"], one["x"][0], one["x"][-1]))
+            there = loss_at(one, nearest)
+            one["regret"] = there - min(there, one["mean"][one["best"]], loss_at(one, one["eta"]))
+            one["bound"] = nearest != first["eta"]
+        best = [one["x"][one["best"]] for one in curves.values()]
+        narrow = any(one["add"] or not one["half"] for one in curves.values())
+        rates = [parametrize(name, *(curves[size]["run"][key] for key in RUN[:6]))[1] for size in (min(curves), max(curves))]
+        doublings = math.log2(max(curves) / min(curves)) or math.nan
+        verdicts[name] = dict(
+            curves=curves, optima=optima, freedom=freedom, drift=drift(optima, freedom),
+            regret=max(larger, key=lambda one: one.get("regret", 0), default={}),
+            # Lingle's criterion (arXiv:2404.05728), but grids that η was shifted onto need not have equal points
+            same="?" if narrow or not larger else "Yes" if max(best) - min(best) < np.diff(first["x"]).min() / 2 else "No",
+            powers={key: math.log2(rates[1][key] / rates[0][key]) / doublings for key in rates[0]})
+    theirs = verdicts.get(control, {"optima": {}})
+    for verdict in verdicts.values():
+        mine, others = verdict["optima"], theirs["optima"]
+        both = {key: (mine[key][0] - others[key][0], mine[key][1] + others[key][1]) for key in mine if key in others}
+        verdict["difference"] = drift(both, min(verdict["freedom"], theirs.get("freedom", 0))) if verdict is not theirs else None
+    return axis, verdicts
+
+
+def report(axis, verdicts, control="ngpt"):
+    """The verdict as text."""
+    def interval(pair):
+        return f"{pair[0]:+.2f} [{pair[0] - pair[1]:+.2f}, {pair[0] + pair[1]:+.2f}]" if pair else "-"
+
+    def regret(one):
+        return f"{'> ' * one['bound']}{one['regret']:.4f}".replace("inf", "diverges") if "regret" in one else "-"
+
+    def grid(one):
+        eta = " ".join(f"2^{x:.5g}" for x in sorted({x for x, _ in one["add"]}))
+        return f"add {eta}" if eta else "wide enough" if one["half"] == 2 else "diverges near the best"
+
+    def table(*rows):
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        return "".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() + "\n" for row in rows)
+
+    return "\n".join((
+        table(("column", axis, "seeds", "log2 η*", "η*", "best loss", "regret", "grid of η"),
+              *((name, f"{size:,}", str(len(one["complete"])), f"{one['eta']:.2f}", f"{2 ** one['eta']:.5f}",
+                 f"{one['mean'][one['best']]:.4f}", regret(one), grid(one))
+                for name, verdict in verdicts.items() for size, one in verdict["curves"].items())),
+        table(("column", "drift [95 % interval]", f"less {control}'s [95 % interval]", "worst regret", "same best η?"),
+              *((name, interval(verdict["drift"]), interval(verdict["difference"]), regret(verdict["regret"]), verdict["same"])
+                for name, verdict in verdicts.items())),
+        table((f"power of {axis} in η of", *TENSOR_CLASSES),
+              *((name, *(f"{verdict['powers'][key]:+.2f} → {verdict['powers'][key] + verdict['drift'][0]:+.2f}"
+                         if key in verdict["powers"] else "-" for key in TENSOR_CLASSES))
+                for name, verdict in verdicts.items() if verdict["drift"])),
+        f"drift: of log2 η* a doubling of {axis}. regret: loss at the smallest size's η*, less the best. power: in the table → what",
+        "would have left no drift." + " One seed: the intervals leave out how optima scatter between seeds, so they are too short."
+        * any(verdict["drift"] and verdict["drift"][2] == 1 for verdict in verdicts.values())))
+
+
+def draw(axis, verdicts, path):
+    """The picture of the verdict: a panel a column, a curve a size, thin ones for the seeds, a star at each η*."""
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("the picture needs matplotlib: pip install matplotlib") from None
+    sizes = sorted({size for verdict in verdicts.values() for size in verdict["curves"]})
+    colors = dict(zip(sizes, matplotlib.colormaps["plasma"](np.linspace(0, 0.85, len(sizes)))))
+    down = 1 + (len(verdicts) > 3)
+    across = math.ceil(len(verdicts) / down)
+    figure = Figure(figsize=(max(5, 3.3 * across), 3.9 * down), dpi=150, layout="constrained")
+    panels = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False).ravel()
+    for panel in panels[len(verdicts):]:
+        panel.remove()
+    near = []       # the losses that the picture must show; far to the right they can be of any height
+    for panel, (name, verdict) in zip(panels, verdicts.items()):
+        for size, one in verdict["curves"].items():
+            color, x, mean, diverged = colors[size], one["x"], one["mean"], np.isinf(one["mean"])
+            near.extend(one["loss"][:, max(one["best"] - 3, 0):one["best"] + 4].ravel())
+            panel.plot(x, one["loss"].T, ".-", color=color, lw=0.5, ms=2.5, alpha=0.5)
+            panel.plot(x[~diverged], mean[~diverged], "o-", color=color, lw=1.6, ms=3.5, label=f"{size:,}")
+            panel.plot(x[diverged], np.full(diverged.sum(), 0.97), "x", color=color, transform=panel.get_xaxis_transform())
+            panel.plot(one["eta"], min(loss_at(one, one["eta"]), mean[one["best"]]), "*", color=color, ms=13, mec="black", zorder=5)
+        panel.axvline(next(iter(verdict["curves"].values()))["eta"], color="gray", lw=0.8, ls=":")    # the smallest size's η*
+        slope, half, seeds = verdict["drift"] or (math.nan, math.nan, 0)
+        interval = f"± {half:.2f} octaves a doubling" if seeds > 1 else "octaves a doubling, one seed"
+        panel.set_title(name + f"\ndrift {slope:+.2f} {interval}" * bool(seeds), fontsize=10)
+        panel.set_xlabel("learning rate η, ★ the best")
+        panel.xaxis.set_major_locator(matplotlib.ticker.MultipleLocator(1))
+        panel.xaxis.set_major_formatter(lambda x, _: f"$2^{{{x:g}}}$")
+        panel.grid(alpha=0.25)
+    near = np.array(near)[np.isfinite(near)]
+    if len(near):
+        panels[0].set_ylim(near.min() - 0.05 * np.ptp(near) - 1e-3, near.max() + 0.05 * np.ptp(near) + 1e-3)
+    panels[0].set_ylabel("validation loss, nats a token")
+    max(panels, key=lambda panel: len(panel.get_legend_handles_labels()[1])).legend(title=axis, fontsize=8, title_fontsize=8)
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    figure.savefig(path)
+
+
+def missing(rows, verdicts, wanted):
+    """
+    The runs still to do, as lines of train.py's options: those of the lines `wanted` that are not among the rows, each once;
+    and when all of these are done, those that grids too narrow lack. Raises ValueError if the rows are of another sweep.
+    """
+    def same(a, b):
+        try:
+            return float(a) == float(b)
+        except ValueError:
+            return a == b
+
+    done, todo, options = {identity(run) for run in rows}, {}, {}
+    for line in wanted:
+        options = dict(word.removeprefix("--").partition("=")[::2] for word in line.split())
+        run = read_run(options, RUN, f"the run {line.strip()!r}")
+        for key in options.keys() - MAY_DIFFER:
+            if rows and not same(run[key], rows[0].get(key, run[key])):
+                raise ValueError(f"the results are of {key}={rows[0][key]}, not {key}={run[key]}; give each its own file")
+        todo.setdefault(identity(run), line.strip())
+    if todo.keys() <= done:
+        for name, one in ((name, one) for name, verdict in verdicts.items() for one in verdict["curves"].values() if one["own"]):
+            for x, seed in one["add"]:
+                run = {**one["run"], "parametrization": name, "learning_rate": 2 ** x, "seed": seed, "x": x}
+                line = {**options, **{key: run[key] for key in ("parametrization", *RUN) if not same(options.get(key, ""), run[key])}}
+                todo.setdefault(identity(run), " ".join(f"--{key}={value}" for key, value in line.items()))
+    return [line for run, line in todo.items() if run not in done]
+
+
+def verdict_main():
+    parser = argparse.ArgumentParser(usage="python parametrize.py RESULTS.csv [options]", allow_abbrev=False, description="Judge a sweep "
+                                     "made with train.py --results=RESULTS.csv: does the best learning rate stay where it is?")
+    parser.add_argument("results", metavar="RESULTS.csv")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw the picture, too")
+    parser.add_argument("--axis", choices=("width", "depth", "steps", "parameters"), help="default: what differs; parameters if several do")
+    parser.add_argument("--control", default="ngpt", choices=COLUMNS, help="the column that others are compared to, default ngpt")
+    parser.add_argument("--missing", action="store_true", help="print instead the runs still to do, a line of train.py's options each: "
+                        "those read from standard input that are not in the results or, if there are none, those that narrow grids lack")
+    parser.error = lambda message: sys.exit(f"parametrize.py: {message} (see python parametrize.py RESULTS.csv --help)")
+    args = parser.parse_args()
+    try:
+        rows = [] if args.missing and not os.path.exists(args.results) else read_results(args.results)
+        axis, verdicts = judge(rows, args.axis, args.control)
+        if args.missing:
+            for line in missing(rows, verdicts, () if sys.stdin.isatty() else sys.stdin):
+                print(line)
+            return
+        print(report(axis, verdicts, args.control))
+        if args.plot:
+            draw(axis, verdicts, args.plot)
+    except (ValueError, OSError) as error:
+        sys.exit(f"parametrize.py: {error}")
 
 
 if __name__ == "__main__":

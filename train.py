@@ -12,6 +12,7 @@ The block below is the configuration; each line is an option, --key=value. `pyth
 """
 import argparse
 import csv
+import ctypes
 import difflib
 import fcntl
 import functools
@@ -25,7 +26,7 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, PlainGPT
 from parametrize import COLUMNS, param_groups, parametrize
 from prepare_data import get_tokenizer, prepare_stdlib, read_tokens
 
@@ -54,12 +55,15 @@ class Config:
     base_steps: int = 10_000            # (see base_width)
     embedding_lr_mult: float = 1.0      # multiplies the learning rate of the embedding
     unembedding_lr_mult: float = -1.0   # multiplies that of the unembedding; -1: the table's row "× at the base"
-    # optimization: Adam and a cosine; no warm-up, weight decay or gradient clipping
-    learning_rate: float = 2 ** -6      # η, the peak learning rate at the base
+    # optimization: Adam and a cosine; a normalized Transformer needs no warm-up, weight decay or gradient clipping
+    learning_rate: float = 0.0028       # η, the peak learning rate at the base; the default is 2^-8.5, the best of 2^-10 … 2^-7.5 for a
+                                        # width of 128, depth 4, 400 steps of 64 × 256 bytes (assets/default_lr.csv)
     steps: int = 10_000                 # optimizer steps
     batch_size: int = 64                # sequences a step, over all ranks and micro-batches
     micro_batch_size: int = 16          # sequences a forward on one rank; 0: the rank's whole share at once
     min_lr_ratio: float = 0.1           # where the cosine ends, as a fraction of the peak
+    warmup_steps: int = 0               # steps of linear warm-up; the plain GPT needs some
+    weight_decay: float = 0.0           # of the matrices; the plain GPT needs some
     beta1: float = 0.9                  # Adam's decay of the first moment
     beta2: float = 0.95                 # Adam's decay of the second moment
     eps: float = 1e-16                  # Adam's ε; 1e-8 would not be small beside the gradients of wide unit-norm models
@@ -81,11 +85,12 @@ class Config:
     device: str = "auto"                # cuda, cpu, or auto: cuda where there is one
     dtype: str = "auto"                 # of matrix products: float32, bfloat16, or auto: bfloat16 where the device multiplies it
     compile: bool = True                # use torch.compile
+    bench: bool = False                 # time a step of this model and of the plain GPT of the same shape, and stop
 
 
 # Keys that may change when a run is resumed: those that do not touch the mathematics.
 FREE_ON_RESUME = ["data", "out_dir", "results", "resume", "sample_only", "prompt", "sample_tokens", "log_every", "eval_every",
-                  "checkpoint_every", "micro_batch_size", "device", "compile"]      # data: the same tokens elsewhere
+                  "checkpoint_every", "micro_batch_size", "device", "compile", "bench"]      # data: the same tokens elsewhere
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}     # dense bf16
 LOG_COLUMNS = ["step", "tokens", "learning_rate", "train_loss", "val_loss", "seconds", "tokens_per_second",
                "attn_alpha", "mlp_alpha", "s_z", "status"]
@@ -137,11 +142,11 @@ def check(config):
     for keys, allowed, words in (
             ("steps batch_size log_every eval_every eval_tokens checkpoint_every base_width base_depth base_steps",
              lambda v: v >= 1, "at least 1"),
-            ("micro_batch_size vocab_size sample_tokens seed", lambda v: v >= 0, "at least 0"),
+            ("micro_batch_size vocab_size sample_tokens seed warmup_steps", lambda v: v >= 0, "at least 0"),
             ("learning_rate eps", lambda v: 0 < v < math.inf, "a positive finite number"),
             ("beta1 beta2", lambda v: 0 <= v < 1, "at least 0 and less than 1"),
             ("min_lr_ratio", lambda v: 0 <= v <= 1, "between 0 and 1"),
-            ("embedding_lr_mult", lambda v: 0 <= v < math.inf, "a finite number of at least 0"),
+            ("weight_decay embedding_lr_mult", lambda v: 0 <= v < math.inf, "a finite number of at least 0"),
             ("unembedding_lr_mult", lambda v: v == -1 or 0 <= v < math.inf, "a finite number of at least 0, or -1"),
             ("parametrization", COLUMNS.__contains__, f"one of {', '.join(COLUMNS)}"),
             ("device", ("auto", "cuda", "cpu").__contains__, "auto, cuda or cpu"),
@@ -176,7 +181,8 @@ def load_checkpoint(given):
         return None
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     saved = checkpoint["config"]
-    changed = [key for key in given if key not in FREE_ON_RESUME and given[key] not in (saved[key], "auto")]
+    automatic = dict(dtype="auto", vocab_size=0)        # these were saved as what they had come to stand for
+    changed = [key for key in given if key not in FREE_ON_RESUME and given[key] not in (saved[key], automatic.get(key))]
     if changed:
         fail(f"{path} has {', '.join(f'{key}={saved[key]} (now {given[key]})' for key in changed)}; a resumed run may change only "
              f"{', '.join(FREE_ON_RESUME)}")
@@ -185,12 +191,13 @@ def load_checkpoint(given):
 
 # ---------------------------------------------------------------- data
 
-def load_data(folder):
-    """(train tokens, val tokens, meta) of a folder made by prepare_data.py; leaves if one of its files is not right."""
+def load_data(config):
+    """(train tokens, val tokens, meta) of a folder made by prepare_data.py. Raises ValueError if one of its files is not right."""
+    folder = config.data
     meta_path = Path(folder) / "meta.json"
     if not meta_path.exists():
         if folder != Config.data:
-            fail(f"{folder} is no data folder (it has no meta.json); make one with prepare_data.py")
+            raise ValueError(f"{folder} is no data folder (it has no meta.json); make one with prepare_data.py")
         if rank == 0:
             print(f"making the default data, Python's standard library, in {folder}")
             prepare_stdlib(folder, progress=False)
@@ -201,6 +208,8 @@ def load_data(folder):
     for split, tokens in (("train", train), ("val", val)):
         if len(tokens) != meta[split]["tokens"]:
             raise ValueError(f"{folder}/{split}.bin has {len(tokens):,} tokens, but {meta_path} says {meta[split]['tokens']:,}")
+        if len(tokens) <= config.seq_len:
+            raise ValueError(f"{folder}/{split}.bin has {len(tokens):,} tokens, which must be more than seq_len={config.seq_len}")
     return train, val, meta
 
 
@@ -281,14 +290,16 @@ def versions():
 # ---------------------------------------------------------------- the run
 
 def schedule(step, config):
-    """Cosine from 1 at step 0 to min_lr_ratio at the end."""
+    """What multiplies the learning rate: after warm-up, if any, a cosine that ends at min_lr_ratio."""
+    if step < config.warmup_steps:
+        return (step + 1) / (config.warmup_steps + 1)
     return config.min_lr_ratio + (1 - config.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * step / config.steps))
 
 
 def print_sample(model, config, tokenizer, autocast):
     """Print config.sample_tokens tokens drawn from the model after config.prompt."""
     encode, decode, vocab_size, end_of_text = get_tokenizer(tokenizer)
-    prompt = list(encode([config.prompt])[0]) or [ord("\n") if end_of_text is None else end_of_text]
+    prompt = [int(token) for token in encode([config.prompt])[0]] or [ord("\n") if end_of_text is None else end_of_text]
     torch.manual_seed(config.seed)
     with autocast:
         tokens = model.generate(torch.tensor([prompt], device=model.embedding.device), config.sample_tokens, top_k=50)
@@ -296,14 +307,8 @@ def print_sample(model, config, tokenizer, autocast):
     say(f"{'-' * 30} sample {'-' * 30}\n{decode(tokens)}\n{'-' * 68}")
 
 
-def main():
-    started = time.perf_counter()
-    given = parse_args(sys.argv[1:])
-    checkpoint = load_checkpoint(given)
-    config = Config(**{**(checkpoint["config"] if checkpoint else {}), **given})
-    check(config)
-
-    # Devices and processes
+def open_device(config):
+    """(device of this rank, autocast context). Starts the process group, and sets what `auto` stands for in config."""
     on_gpu = config.device == "cuda" or config.device == "auto" and torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
     if on_gpu:
@@ -317,33 +322,121 @@ def main():
         cpu_flags = Path("/proc/cpuinfo")
         has_bf16 = torch.cuda.is_bf16_supported() if on_gpu else cpu_flags.exists() and "bf16" in cpu_flags.read_text()
         config.dtype = "bfloat16" if has_bf16 else "float32"
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
+    libc = ctypes.CDLL(None)
+    if not on_gpu and hasattr(libc, "mallopt"):     # glibc: keep freed memory, which costs up to a quarter of a step to get back
+        libc.mallopt(-1, 2 ** 31 - 1)               # M_TRIM_THRESHOLD
+        libc.mallopt(-4, 0)                         # M_MMAP_MAX
     if not on_gpu and config.dtype == "bfloat16" and config.seq_len <= 256:
         # On short bf16 sequences PyTorch's fused attention for the CPU is 3 times as slow as its plain one, mostly backward.
         torch.backends.cuda.enable_flash_sdp(False)     # despite their names these two switch the CPU's attention, too
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+    return device, torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
 
-    # Data, model, optimizer
+
+def build(config, device):
+    """(model, optimizer) in config's parametrization. Raises ValueError for impossible sizes."""
+    mult = None if config.unembedding_lr_mult == -1 else config.unembedding_lr_mult
+    initial, lr_scale = parametrize(config.parametrization, config.width, config.depth, config.steps, config.base_width,
+                                    config.base_depth, config.base_steps, config.embedding_lr_mult, mult)
+    model_config = GPTConfig(config.width, config.depth, config.head_dim, config.vocab_size, config.seq_len, **initial)
+    torch.manual_seed(config.seed)
+    with device:
+        model = (PlainGPT if "hidden_std" in initial else GPT)(model_config)
+    groups = param_groups(model, lr_scale)
+    for group in groups:
+        group["weight_decay"] = 0.0 if group["name"] == "rescalers" else config.weight_decay
+    return model, torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)   # no decay: Adam
+
+
+def maybe_compile(model, config):
+    """(forward, normalize_weights) of the model, compiled if config says so. The model itself keeps its parameters' names."""
+    if not config.compile:
+        return model, model.normalize_weights
+    return torch.compile(model), torch.compile(model.normalize_weights)
+
+
+def bench(config, device, autocast, repeats=30):
+    """
+    Print what each part of a step takes, on random tokens, for config's model and for the plain GPT of the same shape: the
+    median over repeats in which the two take turns. MFU is relative to the rate of a large matrix product, measured here.
+    """
+    on_gpu, dtype = device.type == "cuda", getattr(torch, config.dtype)
+
+    def measure(*parts):
+        """Milliseconds that each of the functions takes, one after the other."""
+        stamps = []
+        for part in (lambda: None, *parts):
+            part()
+            stamps.append(torch.cuda.Event(enable_timing=True) if on_gpu else time.perf_counter())
+            if on_gpu:
+                stamps[-1].record()
+        if on_gpu:
+            torch.cuda.synchronize()
+        return [a.elapsed_time(b) if on_gpu else 1e3 * (b - a) for a, b in zip(stamps, stamps[1:])]
+
+    def step(kind):
+        model, optimizer, forward, normalize_weights = kinds[kind]
+        loss = []
+
+        def run_forward():
+            with autocast:
+                loss.append(forward(tokens, tokens)[1])
+        return measure(run_forward, lambda: loss[0].backward(), lambda: (optimizer.step(), optimizer.zero_grad()), normalize_weights)
+
+    n = 8192 if on_gpu else 2048
+    a, b = torch.randn(2, n, n, device=device).to(dtype)
+    flops = 2 * n ** 3 / np.median([measure(lambda: a @ b) for _ in range(10)]) * 1e3
+    say(f"matrix product of {n} × {n}, {config.dtype}: {flops / 1e12:.3f} TFLOP/s")
+
+    config.vocab_size = config.vocab_size or 50304
+    micro = min(config.micro_batch_size or config.batch_size, config.batch_size)
+    tokens = torch.randint(config.vocab_size, (micro, config.seq_len), device=device)
+    kinds, memory = {}, {}
+    for kind, name in (("normalized", config.parametrization), ("plain", "gpt_sp")):
+        before = torch.cuda.memory_allocated() if on_gpu else 0
+        try:
+            model, optimizer = build(replace(config, parametrization=name), device)
+        except ValueError as error:
+            fail(error)
+        kinds[kind] = model, optimizer, *maybe_compile(model, config)
+        for _ in range(3):
+            step(kind)
+        memory[kind] = f"{(torch.cuda.max_memory_allocated() - before) / 2 ** 30:.2f} GiB" if on_gpu else "not measured on a CPU"
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+    times = {kind: np.median(runs, axis=0) for kind, runs in
+             zip(kinds, np.swapaxes([[step(kind) for kind in kinds] for _ in range(repeats)], 0, 1))}
+    for kind, parts in times.items():
+        rate = tokens.numel() / parts.sum() * 1e3
+        say(f"{kind:>10}: forward {parts[0]:.2f} ms, backward {parts[1]:.2f}, optimizer {parts[2]:.2f}, weight normalization {parts[3]:.2f}; "
+            f"step {parts.sum():.2f} ms, {rate:,.0f} tokens/s, MFU {rate * kinds[kind][0].flops_per_token() / flops:.1%}, peak memory {memory[kind]}")
+    forward, backward, optimizer, normalization = times["normalized"]
+    large_step = (forward + backward) * 2 ** 19 / tokens.numel() + optimizer + normalization
+    say(f"weight normalization in a step of 0.5 M tokens: {normalization / large_step:.2%}")
+    say(f"ratio: {times['normalized'].sum() / times['plain'].sum():.3f} (normalized over plain step time)")
+
+
+def main():
+    started = time.perf_counter()
+    given = parse_args(sys.argv[1:])
+    checkpoint = load_checkpoint(given)
+    config = Config(**{**(checkpoint["config"] if checkpoint else {}), **given})
+    check(config)
+
+    device, autocast = open_device(config)
+    if config.bench:
+        return bench(config, device, autocast)
     try:
-        train, val, meta = (None, None, checkpoint["data"]) if config.sample_only else load_data(config.data)
+        train, val, meta = (None, None, checkpoint["data"]) if config.sample_only else load_data(config)
         if checkpoint and meta["train"] != checkpoint["data"]["train"]:
             raise ValueError(f"{config.data} does not hold the tokens that {config.out_dir}/ckpt.pt was trained on")
         config.vocab_size = config.vocab_size or 64 * math.ceil(meta["vocab_size"] / 64)
         if config.vocab_size < meta["vocab_size"]:
             raise ValueError(f"vocab_size must be at least {meta['vocab_size']}, the vocabulary of {config.data}, "
                              f"not {config.vocab_size}")
-        if not config.sample_only and min(len(train), len(val)) <= config.seq_len:
-            raise ValueError(f"{config.data} has {len(train):,} + {len(val):,} tokens; each must be more than seq_len={config.seq_len}")
-        rescalers, lr_scale = parametrize(
-            config.parametrization, config.width, config.depth, config.steps, config.base_width, config.base_depth,
-            config.base_steps, config.embedding_lr_mult, None if config.unembedding_lr_mult == -1 else config.unembedding_lr_mult)
-        model_config = GPTConfig(config.width, config.depth, config.head_dim, config.vocab_size, config.seq_len, **rescalers)
+        model, optimizer = build(config, device)
     except ValueError as error:
         fail(error)
-    torch.manual_seed(config.seed)
-    with device:
-        model = GPT(model_config)
-    optimizer = torch.optim.Adam(param_groups(model, lr_scale), betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
     step, seconds, train_loss, val_loss = 0, 0.0, math.nan, math.nan
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
@@ -352,9 +445,8 @@ def main():
     if config.sample_only:
         print_sample(model, config, meta["tokenizer"], autocast)
         return
-    forward = torch.compile(model) if config.compile else model
-    normalize_weights = torch.compile(model.normalize_weights) if config.compile else model.normalize_weights
-    ddp = DDP(forward, device_ids=[device.index] if on_gpu else None, gradient_as_bucket_view=True) if world_size > 1 else forward
+    forward, normalize_weights = maybe_compile(model, config)
+    ddp = DDP(forward, gradient_as_bucket_view=True) if world_size > 1 else forward
 
     # How a batch is shared out
     share = config.batch_size // world_size                             # sequences of this rank
@@ -363,7 +455,7 @@ def main():
     windows = (len(val) - 1) // config.seq_len                          # evaluate on windows spread evenly over val.bin
     val_windows = min(windows, max(1, config.eval_tokens // config.seq_len))
     val_starts = [i * windows // val_windows * config.seq_len for i in range(val_windows)]
-    device_name = torch.cuda.get_device_name(device) if on_gpu else "cpu"
+    device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     peak = next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None) if config.dtype == "bfloat16" else None
     say(f"{config.parametrization}: {model.num_params():,} parameters ({model.num_params(embeddings=False):,} without embeddings), "
         f"{config.steps:,} steps of {tokens_per_step:,} tokens, {config.dtype} on {world_size} × {device_name}")
@@ -372,8 +464,9 @@ def main():
     out_dir = Path(config.out_dir) if config.out_dir and rank == 0 else None
     if out_dir:
         out_dir.mkdir(parents=True, exist_ok=True)
-        record = dict(config=asdict(config), learning_rates={name: config.learning_rate * scale for name, scale in lr_scale.items()},
-                      rescalers=rescalers, parameters=model.num_params(), processes=world_size, device=device_name, data=meta, **versions())
+        rates = {group["name"]: group["lr_scale"] * config.learning_rate for group in optimizer.param_groups}
+        record = dict(config=asdict(config), peak_learning_rates=rates, model=asdict(model.config), parameters=model.num_params(),
+                      processes=world_size, device=device_name, data=meta, **versions())
         write_aside(out_dir / "config.json", lambda path: Path(path).write_text(json.dumps(record, indent=1) + "\n"))
         write_csv(out_dir / "log.csv", LOG_COLUMNS, [row for row in read_csv(out_dir / "log.csv") if int(row["step"]) <= step])
 
@@ -387,8 +480,8 @@ def main():
         total = torch.zeros(2, dtype=torch.float64, device=device)      # sum of losses, number of targets
         for first in range(rank * micro, len(val_starts), world_size * micro):
             starts = val_starts[first:first + micro]
-            x, y = sequences(val, (starts * micro)[:micro], config.seq_len, device)     # always micro sequences: one shape to compile,
-            y[len(starts):] = -1                                                        # but none counts twice
+            x, y = sequences(val, (starts * micro)[:micro], config.seq_len, device)     # always micro sequences: one shape to compile
+            y = torch.cat((y[:len(starts)], torch.full_like(y[len(starts):], -1)))      # but none counts twice
             with torch.no_grad(), autocast:
                 total[0] += forward(x, y)[1] * (len(starts) * config.seq_len)
             total[1] += len(starts) * config.seq_len
@@ -398,9 +491,11 @@ def main():
 
     def mean_rescalers():
         """Means of |α_A|, |α_M| and s_z over channels and blocks."""
-        values = dict(attn_alpha=[block.attn_alpha().abs() for block in model.blocks],
-                      mlp_alpha=[block.mlp_alpha().abs() for block in model.blocks], s_z=[model.s_z()])
-        return {name: f"{torch.cat(vectors).mean().item():.6g}" for name, vectors in values.items()}
+        if isinstance(model, PlainGPT):
+            return {}
+        vectors = dict(attn_alpha=[block.attn_alpha().abs() for block in model.blocks],
+                       mlp_alpha=[block.mlp_alpha().abs() for block in model.blocks], s_z=[model.s_z()])
+        return {name: f"{torch.cat(vector).mean().item():.6g}" for name, vector in vectors.items()}
 
     def save_checkpoint():
         if out_dir:

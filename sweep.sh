@@ -1,0 +1,136 @@
+#!/usr/bin/env bash
+# Sweep the learning rate at several sizes of the model, then judge whether the best one stays where it is.
+#
+#   ./sweep.sh laptop       width 48 to 192, one seed: about 20 minutes on two cores
+#   ./sweep.sh width        the paper's axes, sized for the machine at hand and with three seeds. Core-hours, on a CPU:
+#   ./sweep.sh depth          width 4, depth 3.5, steps 2.5, joint 1.5; one process a core shares them out
+#   ./sweep.sh steps
+#   ./sweep.sh joint        width, depth and steps together
+#   DRY=1 ./sweep.sh width  print the runs still to do as commands, one a line, for Slurm or GNU parallel
+#
+# All that is written ${NAME:-…} below can be set: RULES="ngpt mine" SEEDS="3 4 5" RESULTS=mine.csv ./sweep.sh width
+# Results and picture go to assets/. Runs that are there already are skipped: an interrupted sweep continues. Once the grid
+# is done, sizes whose best η lies too near its edge get more η, and when that is done the DRY commands are those.
+set -euo pipefail
+cd "$(dirname "$0")"
+axis=${1:-}
+
+# The machine: one process a GPU, or one a core. GPUS="" keeps to the CPU; PER_GPU=3 is faster while models are small.
+gpus=${GPUS-${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null || true)}}
+gpus=$(for i in $(seq "${PER_GPU:-1}"); do echo ${gpus//,/ }; done)
+jobs=${JOBS:-$(set -- $gpus; [ $# -gt 0 ] && echo $# || getconf _NPROCESSORS_ONLN)}
+
+# The model at the base, which is the smallest size. Widths of 48·2^k make the MLP's 8/3 · width exact at every size.
+if [ -n "$gpus" ] && [ "$axis" != laptop ]; then
+    W=${WIDTH:-192} T=${STEPS:-2000} HEAD_DIM=${HEAD_DIM:-48} SEQ_LEN=${SEQ_LEN:-512} BATCH_SIZE=${BATCH_SIZE:-64}
+else
+    W=${WIDTH:-48} T=${STEPS:-400} HEAD_DIM=${HEAD_DIM:-24} SEQ_LEN=${SEQ_LEN:-128} BATCH_SIZE=${BATCH_SIZE:-16}
+fi
+D=${DEPTH:-4}
+case $axis in       # sizes are width:depth:steps
+    laptop) sizes="$W:$D:$T $((2*W)):$D:$T $((4*W)):$D:$T"                  rules="ngpt nugpt mup"          seeds="0" ;;
+    width)  sizes="$W:$D:$T $((2*W)):$D:$T $((4*W)):$D:$T $((8*W)):$D:$T"   rules="ngpt nugpt nugpt_full"   seeds="0 1 2" ;;
+    depth)  sizes="$W:2:$T $W:8:$T $W:32:$T"                                rules="ngpt nugpt depth_mup"    seeds="0 1 2" ;;
+    # Over steps ngpt's runs are nugpt's with η shifted by m_t^-1/3. The verdict knows, and judges both.
+    steps)  sizes="$W:$D:$T $W:$D:$((2*T)) $W:$D:$((4*T)) $W:$D:$((8*T)) $W:$D:$((16*T))"   rules="nugpt"   seeds="0 1 2" ;;
+    # Steps in proportion to the parameters of the blocks, which is width² · depth.
+    joint)  sizes="$W:2:$((T/2)) $((3*W/2)):3:$((27*T/16)) $((2*W)):4:$((4*T))"     rules="ngpt nugpt"      seeds="0 1 2" ;;
+    *)      sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p;}' "$0" >&2; exit 2 ;;
+esac
+SIZES=${SIZES:-$sizes}
+RULES=${RULES:-$rules}                                  # columns of the table in parametrize.py
+SEEDS=${SEEDS:-$seeds}                                  # the same for every η and column, so that runs are paired
+GRID=${GRID:--7.5 -7 -6.5 -6 -5.5 -5 -4.5}              # log2 η
+ROUNDS=${ROUNDS:-3}                                     # how often the grid may be extended
+CONTROL=${CONTROL:-ngpt}                                # the column that the others are compared to
+DATA=${DATA:-data/stdlib}
+RESULTS=${RESULTS:-assets/$axis.csv}
+PICTURE=${PICTURE:-${RESULTS%.csv}.png}
+PYTHON=${PYTHON:-python}
+
+IFS=: read -r base_width base_depth base_steps <<< "${SIZES%% *}"
+fixed="--base_width=$base_width --base_depth=$base_depth --base_steps=$base_steps --head_dim=$HEAD_DIM --seq_len=$SEQ_LEN
+ --batch_size=$BATCH_SIZE --micro_batch_size=0 --embedding_lr_mult=1 --unembedding_lr_mult=${UNEMBEDDING_LR_MULT:-0.5}
+ --data=$DATA --eval_tokens=${EVAL_TOKENS:-262144} --eval_every=1000000 --out_dir= --sample_tokens=0 ${TRAIN_OPTIONS:-}"
+fixed=$(echo $fixed)
+
+tmp=$(mktemp -d)
+touch "$tmp/failed"
+pids=
+set -m      # each worker leads a process group, so that stopping it stops its training run, too
+trap 'exec 2>/dev/null; for pid in $pids; do kill -- "-$pid"; done; wait; rm -rf "$tmp"' EXIT
+trap 'echo "stopped; the same command continues" >&2; exit 130' INT TERM
+
+wanted() {  # every run of the grid, as options of train.py. Seeds are the outer loop: an interrupted sweep has whole seeds.
+    for seed in $SEEDS; do
+        for x in $GRID; do
+            eta=$(awk "BEGIN {printf \"%.17g\", 2 ^ ($x)}")
+            for size in $SIZES; do
+                for rule in $RULES; do
+                    IFS=: read -r width depth steps <<< "$size"
+                    echo "$fixed --parametrization=$rule --width=$width --depth=$depth --steps=$steps --learning_rate=$eta --seed=$seed"
+                done
+            done
+        done
+    done
+}
+
+unfailed() { grep -vxFf "$tmp/failed" || [ $? = 1 ]; }
+
+todo() {    # parametrize.py knows which runs are in the results, which are the same run twice, and which to add to the grid
+    wanted | unfailed > "$tmp/wanted"
+    if [ -s "$tmp/wanted" ]; then
+        $PYTHON parametrize.py "$RESULTS" --missing < "$tmp/wanted" | unfailed
+    fi
+}
+
+work() {    # a worker: takes the runs that no other worker has taken, one after the other. $1: its GPU, if any; $2: the list
+    export CUDA_VISIBLE_DEVICES=$1 OMP_NUM_THREADS=1
+    n=0
+    while read -r run; do
+        n=$((n + 1))
+        mkdir "$2.$n" 2>/dev/null || continue       # made by exactly one worker
+        log=$2.$n/log code=0 options=${run#"$fixed "}
+        $PYTHON train.py $run --results="$RESULTS" > "$log" 2>&1 < /dev/null || code=$?
+        outcome=$(grep -o '^final: .*' "$log" | grep -o 'val_loss=[^ ]*\|status=[^ ]*' | tr '\n' ' ' || true)
+        if [ $code != 0 ] && [ $code != 3 ]; then   # 3: it diverged, which is a result
+            echo "$run" >> "$tmp/failed"
+            outcome="FAILED: $(tail -n 1 "$log")"
+            echo "  $options: $(tail -n 1 "$log")" >> "$tmp/reasons"
+        fi
+        echo "$n" >> "$2.done"
+        done=$(($(wc -l < "$2.done"))) total=$(($(wc -l < "$2")))
+        echo "$done of $total runs done, about $(((SECONDS * (total - done) / done + 59) / 60)) min left: ${options//--/} $outcome"
+    done < "$2"
+}
+
+case $RESULTS in *.csv) ;; *) echo "sweep.sh: RESULTS must end in .csv, not be $RESULTS" >&2; exit 1 ;; esac
+if [ -n "${DRY:-}" ]; then
+    todo | sed "s|^|OMP_NUM_THREADS=1 $PYTHON train.py |; s|\$| --results=$RESULTS|"
+    exit
+fi
+if [ ! -e "$DATA/meta.json" ] && [ "$DATA" = data/stdlib ]; then
+    $PYTHON prepare_data.py                         # here, lest all workers make it
+fi
+for round in $(seq 0 "$ROUNDS"); do
+    list=$tmp/round$round
+    todo > "$list"
+    [ -s "$list" ] || break
+    echo "$(($(wc -l < "$list"))) runs to do, $jobs at a time, into $RESULTS"
+    SECONDS=0 pids=
+    for i in $(seq "$jobs"); do
+        gpu=$(set -- $gpus; [ $# = 0 ] || { shift $(((i - 1) % $#)); echo "$1"; })
+        work "$gpu" "$list" &
+        pids="$pids $!"
+    done
+    wait
+done
+if [ -e "$RESULTS" ]; then
+    $PYTHON parametrize.py "$RESULTS" --control="$CONTROL" --plot="$PICTURE" && echo "picture: $PICTURE" || verdict_failed=1
+fi
+if [ -s "$tmp/reasons" ]; then
+    echo "failed, and tried again by the same command:"
+    cat "$tmp/reasons"
+    exit 1
+fi
+exit "${verdict_failed:-0}"

@@ -1,0 +1,646 @@
+"""
+Tests of all that can be tested without a network or a GPU: `python -m pytest`, about a minute on two CPU cores.
+
+Every test states one claim, and was seen to fail with the code it guards broken. Sizes are tiny, since a wrong factor or axis
+is as wrong at width 32 as at 4096. Sections are those of νGPT (arXiv:2604.27077).
+"""
+import gzip
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import model as model_py
+import parametrize as parametrize_py
+import prepare_data
+import train
+from model import GPT, GPTConfig, norm, rope, rope_table
+from parametrize import COLUMNS, param_groups, parametrize, value
+from prepare_data import TokenWriter, read_tokens
+
+HERE = Path(train.__file__).parent
+MATRICES = dict(embedding=1, qkv=1, attn_out=0, mlp_in=1, mlp_out=0, unembedding=1)   # weight: its dimension of length d
+NORMALIZED = [name for name, rows in COLUMNS.items() if "alpha_init" in rows]           # columns for GPT
+torch.set_num_threads(1)        # as in the subprocesses below, so that sums are taken in the same order
+
+
+# ---------------------------------------------------------------- helpers
+
+def small(seed=0, **changes):
+    torch.manual_seed(seed)
+    return GPT(GPTConfig(**{**dict(width=32, depth=2, head_dim=8, vocab_size=48, seq_len=16), **changes}))
+
+
+def off_center(seed=0):
+    """A model in which every factor counts: no init or scale is 1, and each raw value is its own; some α are negative."""
+    model = small(seed, alpha_init=0.3, alpha_scale=0.2, qk_init=1.3, qk_scale=0.4, mlp_init=0.7, mlp_scale=0.5, logit_init=6.0,
+                  logit_scale=0.6)
+    for name, p in model.named_parameters():
+        if name.endswith("raw"):
+            p.data *= torch.empty_like(p).uniform_(0.5, 1.5) * (torch.rand_like(p).sub(0.3).sign() if "alpha" in name else 1)
+    return model
+
+
+def batch(seed=0, rows=2, length=16):
+    return torch.randint(48, (2, rows, length), generator=torch.Generator().manual_seed(seed))      # tokens, targets
+
+
+def trained(column, times=1, steps=3):
+    """(losses, model) after a few steps of a column of the table on a model of `times` the base's width, depth and steps."""
+    rescalers, lr_scale = parametrize(column, 32 * times, 2 * times, 10 * times, 32, 2, 10, unembedding_lr_mult=0.5)
+    model, losses = small(width=32 * times, depth=2 * times, **rescalers), []
+    adam = torch.optim.Adam(param_groups(model, lr_scale), betas=(0.9, 0.95), eps=1e-16)
+    for step in range(steps):
+        for group in adam.param_groups:
+            group["lr"] = group["lr_scale"] * 0.02
+        losses.append(model(*batch(step))[1])
+        losses[-1].backward()
+        adam.step()
+        adam.zero_grad()
+        model.normalize_weights()
+    return [loss.item() for loss in losses], model
+
+
+def gradients(model, forward, tokens, targets):
+    model.zero_grad()
+    loss = forward(tokens, targets)[1]
+    loss.backward()
+    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def relative_errors(a, b):
+    return {name: ((a[name] - b[name]).norm() / b[name].norm()).item() for name in b}
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """A data folder of 8,000 bytes."""
+    folder = tmp_path_factory.mktemp("data")
+    words = np.random.default_rng(0).choice("norm sphere rescaler alpha residual width depth head".split(), 2000)
+    (folder / "words.txt").write_text(" ".join(words)[:8000])
+    prepare_data.prepare(folder, [Path("words.txt")], folder, progress=False)
+    return folder
+
+
+def options(data, out_dir, **changes):
+    """Options of a run of 8 steps of 4 sequences that takes a fraction of a second, at twice the base size."""
+    tiny = dict(width=32, depth=2, head_dim=8, seq_len=16, steps=8, batch_size=4, base_width=16, base_depth=1, base_steps=4,
+                data=data, out_dir=out_dir, device="cpu", dtype="float32", compile=False, log_every=1, eval_every=4,
+                eval_tokens=304, checkpoint_every=4, sample_tokens=0)
+    return [f"--{key}={value}" for key, value in {**tiny, **changes}.items()]
+
+
+def run(*argv):
+    """train.py in this process. Returns its exit code, or the sentence with which it refuses."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(sys, "argv", ["train.py", *argv])
+        sys.exit(train.main())
+    return end.value.code or 0
+
+
+def process(*argv, **env):
+    return subprocess.run([sys.executable, *map(str, argv)], cwd=HERE, capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", **env})
+
+
+def log(out_dir, *columns):
+    """Rows of log.csv, less what a clock says, or only some columns as numbers."""
+    rows = train.read_csv(out_dir / "log.csv")
+    if columns:
+        return np.array([[float(row[column] or "nan") for column in columns] for row in rows])
+    return [{key: cell for key, cell in row.items() if key not in ("seconds", "tokens_per_second")} for row in rows]
+
+
+def checkpoint(out_dir):
+    return torch.load(out_dir / "ckpt.pt", weights_only=True)
+
+
+# ---------------------------------------------------------------- model.py
+
+@pytest.mark.parametrize("steps", (0, 3))
+def test_weights_have_unit_norm_along_the_axis_that_faces_the_hidden_state(steps):
+    for name, weight in trained("nugpt", steps=steps)[1].named_parameters():
+        if not name.endswith("raw"):
+            lengths = weight.norm(dim=MATRICES[name.split(".")[-1]])
+            torch.testing.assert_close(lengths, torch.ones_like(lengths))
+
+
+def test_hidden_states_have_unit_norm_after_every_block():
+    model, states = off_center(), []
+    for block in model.blocks:
+        block.register_forward_hook(lambda block, args, h: states.extend((args[0], h)))
+    model(batch()[0])
+    assert len(states) == 4
+    for h in states:
+        torch.testing.assert_close(h.norm(dim=-1), torch.ones(2, 16))
+
+
+def by_the_book(model, tokens):
+    """Logits by the equations of section 2, in fp64, head by head. Only the weights and sizes come from model.py."""
+    w, c = {name: p.double() for name, p in model.state_dict().items()}, model.config
+    d, D, T = c.width, c.head_dim, tokens.size(1)
+    Norm = lambda y: y / (y * y).sum(-1, keepdim=True).sqrt()                                       # noqa: E731
+    angles = torch.arange(T).double()[:, None] / 10000 ** (torch.arange(0, D, 2).double() / D)
+    turn = torch.polar(torch.ones_like(angles), angles)
+    RoPE = lambda x: torch.view_as_real(torch.complex(*x.chunk(2, -1)) * turn).transpose(-1, -2).flatten(-2)     # noqa: E731
+    h = w["embedding"][tokens]
+    for layer in range(c.depth):
+        p = f"blocks.{layer}."
+        alpha_A, alpha_M = (abs(w[p + name] * c.alpha_init / c.alpha_scale) for name in ("attn_alpha.raw", "mlp_alpha.raw"))
+        s_u, s_nu = (w[p + name] * c.mlp_init / c.mlp_scale for name in ("s_u.raw", "s_v.raw"))
+        heads = []
+        for i in range(d // D):
+            s_qk = w[p + "s_qk.raw"][i] * c.qk_init / c.qk_scale
+            W_q, W_k, W_v = (w[p + "qkv"][j * d + i * D:j * d + (i + 1) * D] for j in range(3))
+            q, k = Norm(RoPE(h @ W_q.T)) * s_qk, Norm(RoPE(h @ W_k.T)) * s_qk
+            scores = (math.sqrt(D) * q @ k.transpose(1, 2)).masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf)
+            heads.append(scores.softmax(-1) @ h @ W_v.T)
+        h = Norm(h + alpha_A * (Norm(torch.cat(heads, -1) @ w[p + "attn_out"].T) - h))
+        W_u, W_nu = w[p + "mlp_in"].chunk(2)
+        u, nu = h @ W_u.T * s_u, h @ W_nu.T * s_nu * math.sqrt(d)
+        h = Norm(h + alpha_M * (Norm(nu / (1 + torch.exp(-nu)) * u @ w[p + "mlp_out"].T) - h))
+    return h @ w["unembedding"].T * (w["s_z.raw"] * c.logit_init / c.logit_scale)
+
+
+def test_model_is_the_equations():
+    model, (tokens, targets) = off_center(), batch()
+    targets[0, 3:9] = -1                                                                            # does not count
+    logits, loss = model(tokens, targets)
+    book = by_the_book(model, tokens)
+    fp32 = 50 * 2 ** -24 * book.abs().max().item()                                                  # tens of roundings
+    torch.testing.assert_close(logits.double(), book, rtol=0, atol=fp32)
+    likelihood = book.log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+    torch.testing.assert_close(loss.double(), -likelihood[targets >= 0].mean(), rtol=1e-5, atol=0)
+    assert model(tokens)[1] is None
+
+
+def test_attention_scores_depend_on_distance_alone(monkeypatch):
+    """Exact while s_qk is the same for both channels that RoPE turns as a pair, as at initialization: s_qk multiplies after
+    the turn, and the published method has one value for each channel."""
+    model, seen = small(), []
+    monkeypatch.setattr(model_py.F, "scaled_dot_product_attention", lambda q, k, v, **_: seen.extend((q, k)) or v)
+    h = norm(torch.randn(32)).expand(1, 16, 32)                                     # the same vector at every position
+    model.blocks[0].attention(h, model.rope)
+    scores = (seen[0] @ seen[1].transpose(-1, -2))[0]                               # (H, T, T)
+    torch.testing.assert_close(scores[:, 1:, 1:], scores[:, :-1, :-1])              # s(t + 1, t' + 1) = s(t, t')
+    assert (scores[:, 8, 8] - scores[:, 8, 4]).abs().min() > 1e-3                   # and they do depend on distance
+    x = torch.randn(16, 8)
+    torch.testing.assert_close(rope(x, rope_table(16, 8)).norm(dim=-1), x.norm(dim=-1))
+
+
+def test_no_token_sees_a_later_one():
+    model, (tokens, _) = off_center(), batch()
+    changed = tokens.clone()
+    changed[:, 9] = (changed[:, 9] + 1) % 48
+    before, after = model(tokens)[0], model(changed)[0]
+    assert torch.equal(before[:, :9], after[:, :9]) and not torch.isclose(before[:, 9:], after[:, 9:]).all(-1).any()
+
+
+@pytest.mark.parametrize("heads, depth, matrices, paper", ((8, 12, 0.2597, 0.26), (40, 12, 3.216, 3.22), (12, 8, 0.3895, 0.39),
+                                                           (12, 128, 2.547, 2.55)))
+def test_parameter_counts_are_the_papers(heads, depth, matrices, paper):
+    with torch.device("meta"):
+        model = GPT(GPTConfig(width=102 * heads, depth=depth, head_dim=102, vocab_size=100_352, seq_len=4096))
+    d, V = 102 * heads, 100_352
+    counts = [weight.numel() for weight, _ in model.sphere_weights()]
+    assert sum(counts) == 2 * V * d + 12 * depth * d * d                    # 8/3 · d wide MLP: 4 d² + 3 · 8/3 d² a block
+    assert float(f"{sum(counts) / 1e9:.4g}") == matrices and round(model.num_params() / 1e9, 2) == paper
+    assert sum(counts) < model.num_params() < 1.001 * sum(counts)           # the rescalers
+    assert model.num_params() - model.num_params(embeddings=False) == 2 * V * d
+    assert model.flops_per_token(1000) == 6 * (V * d + 12 * depth * d * d) + 12 * depth * d * 1000
+
+
+def test_model_built_on_the_meta_device_is_the_same_model():
+    with torch.device("meta"):
+        model = small()
+    model.to_empty(device="cpu")
+    torch.manual_seed(0)
+    model.init_weights()
+    assert torch.equal(model(batch()[0])[0], small()(batch()[0])[0])
+
+
+def test_generate_takes_the_likeliest_or_draws_from_the_k_likeliest():
+    model, start = off_center(), batch()[0][:, :4]
+    likeliest = model.generate(start, 20, temperature=0)                    # 24 tokens, longer than seq_len = 16
+    assert likeliest.shape == (2, 24) and torch.equal(likeliest[:, :4], start)
+    for i in range(4, 24):
+        assert torch.equal(likeliest[:, i], model(likeliest[:, max(0, i - 16):i])[0][:, -1].argmax(-1))
+    assert torch.equal(model.generate(start, 20, top_k=1), likeliest)
+    logits = model(start[:1])[0][0, -1]
+    draw = lambda **how: model.generate(start[:1].expand(4000, 4), 1, **how)[:, -1]         # noqa: E731
+    for temperature in (0.5, 2):                                            # 0.05: six standard deviations of a frequency
+        frequency = draw(temperature=temperature).bincount(minlength=48) / 4000
+        torch.testing.assert_close(frequency, (logits / temperature).softmax(0), rtol=0, atol=0.05)
+    assert set(draw(top_k=3, temperature=9).tolist()) == set(logits.topk(3).indices.tolist())
+
+
+def test_compiled_model_is_the_eager_one():
+    model = off_center()
+    loss, grads = gradients(model, model, *batch())
+    compiled_loss, compiled_grads = gradients(model, torch.compile(model), *batch())
+    assert compiled_loss == pytest.approx(loss, rel=1e-6)
+    assert max(relative_errors(compiled_grads, grads).values()) < 1e-5
+
+
+def test_bfloat16_is_float32_to_its_own_width():
+    """bf16 keeps 8 bits, so one rounding errs by at most u = 2^-8. A product rounds two factors and itself, and 6 stand in a row
+    in a block (qkv, q·k, P·v, W_O, W_u and W_ν, W_oMLP): with the logits 13 in two blocks, and as many backward. Independent
+    errors add as a root: √(3·26) u = 0.035 of a gradient, √(3·13) u of a logit, which is typically logit_init / √d. The loss is
+    the mean over 128 tokens, each moved by its logits' error times |softmax - onehot| ≤ √2."""
+    u, model = 2 ** -8, off_center()
+    (tokens, targets), autocast = batch(rows=8), torch.autocast("cpu", torch.bfloat16)
+    loss, grads = gradients(model, model, tokens, targets)
+    with autocast:
+        bf16_loss, bf16_grads = gradients(model, model, tokens, targets)
+        torch.testing.assert_close(model.hidden(tokens).norm(dim=-1), torch.ones(8, 16))        # norms and states stay fp32
+    assert 0 < abs(bf16_loss - loss) < math.sqrt(2 / 128) * math.sqrt(3 * 13) * u * 6 / math.sqrt(32)
+    assert max(relative_errors(bf16_grads, grads).values()) < math.sqrt(3 * 26) * u
+
+
+# ---------------------------------------------------------------- parametrize.py
+
+# The rules at 4, 9 and 125 times the base's width (1024), depth and steps, by hand; with these, each power has its own prime:
+# m_w^-1/2 = 1/2, m_w^-3/4 = 0.3535534, m_w^-1 = 1/4; m_d^-1/2 = 1/3, m_d^-1 = 1/9; m_t^-1/3 = 1/5; c = 1/32, d^-1/2 = 1/64.
+BY_HAND = dict(
+    # η ×:   embedding  hidden          unembedding    × base  rescalers   init: α   scale: α, s_qk  init: s_z  scale: s_z
+    ngpt=(      1,      1,              1,             1,      1,          0.05,     1 / 64,         1,         1 / 64),
+    mup=(       1 / 10, 1 / 20,         1 / 10,        0.5,    1 / 5,      0.05 / 9, 1 / 32,         1,         1 / 32),
+    depth_mup=( 1 / 10, 0.3535534 / 15, 0.3535534 / 5, 0.5,    1 / 5,      0.05 / 3, 1 / 32,         2,         1 / 32),
+    nugpt_full=(1 / 10, 1 / 20,         1 / 20,        0.5,    1 / 5,      0.05 / 9, 1 / 32,         2,         1 / 32),
+    nugpt_none=(1 / 10, 1 / 10,         1 / 10,        0.5,    1 / 5,      0.05 / 9, 1 / 32,         2,         1 / 32),
+    nugpt=(     1 / 10, 0.3535534 / 5,  0.3535534 / 5, 0.5,    1 / 5,      0.05 / 9, 1 / 32,         2,         1 / 32))
+
+
+@pytest.mark.parametrize("column", NORMALIZED)
+def test_table_gives_the_numbers_worked_out_by_hand(column):
+    embedding, hidden, unembedding, tuned, rescalers, alpha, scale, logit, logit_scale = BY_HAND[column]
+    values = dict(alpha_init=alpha, alpha_scale=scale, qk_init=1, qk_scale=scale, mlp_init=1, mlp_scale=1, logit_init=logit,
+                  logit_scale=logit_scale)
+    for mult in (None, 0.3):
+        rates = dict(embedding=embedding * 2, hidden=hidden, unembedding=unembedding * (mult or tuned), rescalers=rescalers)
+        got = parametrize(column, 4096, 90, 1_250_000, embedding_lr_mult=2, unembedding_lr_mult=mult)
+        assert got[0] == pytest.approx(values) and got[1] == pytest.approx(rates)
+
+
+def test_unknown_columns_impossible_sizes_and_unreadable_cells_are_refused():
+    with pytest.raises(ValueError, match="'sp'.* columns are ngpt, mup, depth_mup, nugpt_full, nugpt_none, nugpt"):
+        parametrize("sp", 64, 1, 1)
+    with pytest.raises(ValueError, match="steps must be at least 1"):
+        parametrize("nugpt", 64, 1, 0)
+    for cell in ("m_x^2", "m_w^half", "", "2 m_w", "m_w^1/0"):
+        with pytest.raises(ValueError, match="cannot read the factor"):
+            value(cell, m_w=2)
+
+
+def edited(before, after):
+    """parametrize.py with one piece of its text replaced, as a user would: its names."""
+    source, names = Path(parametrize_py.__file__).read_text(), {"__name__": "edited"}
+    assert before in source
+    exec(source.replace(before, after, 1), names)
+    return names
+
+
+def test_one_edit_adds_a_column_or_is_refused():
+    mine = edited("OWN = {", 'OWN = {"mine": ("nugpt", dict(lr_hidden="m_w^-0.85")),')["parametrize"]("mine", 2048, 20, 80_000)
+    nugpt = parametrize("nugpt", 2048, 20, 80_000)
+    assert mine[1].pop("hidden") == pytest.approx(0.5 * 2 ** -0.85) != nugpt[1].pop("hidden") and mine == nugpt
+    for own in ('("nogpt", {})', '("nugpt", dict(lr_hiden="1"))'):
+        with pytest.raises(ValueError, match="'mine'.*(nogpt|lr_hiden)"):
+            edited("OWN = {", f'OWN = {{"mine": {own},')
+    with pytest.raises(ValueError, match="row 'lr_hidden' .* has 5 cells, but there are 6 columns"):
+        edited("| m_w^-3/4 ? · m_d^-1/2   ", "")
+
+
+def test_at_the_base_every_column_is_the_same_run_and_away_from_it_none_is():
+    losses, model = trained("ngpt")
+    for column in NORMALIZED:
+        same_losses, same = trained(column)
+        assert same_losses == losses and all(map(torch.equal, same.parameters(), model.parameters()))
+    assert len({trained(column, times=2)[0][-1] for column in NORMALIZED}) == 6
+
+
+def test_parameter_groups_hold_every_parameter_once(monkeypatch):
+    model, lr_scale = small(), parametrize("nugpt", 64, 2, 8)[1]
+    grouped = [(id(p), group["name"], group["lr_scale"]) for group in param_groups(model, lr_scale) for p in group["params"]]
+    classes = {id(p): "rescalers" if name.endswith("raw") else name if "blocks" not in name else "hidden"
+               for name, p in model.named_parameters()}
+    assert sorted(grouped) == sorted((i, name, lr_scale[name]) for i, name in classes.items())
+    monkeypatch.setitem(parametrize_py.TENSOR_CLASSES, "hidden", r"embedding|blocks.*(qkv|attn_out|mlp_in|mlp_out)")
+    with pytest.raises(ValueError, match="embedding .* is in embedding and hidden"):
+        param_groups(model, lr_scale)
+    monkeypatch.undo()
+    model.gain = torch.nn.Parameter(torch.ones(1))
+    with pytest.raises(ValueError, match="gain .* is in none"):
+        param_groups(model, lr_scale)
+
+
+def test_parametrize_prints_the_table_and_one_models_numbers(capsys, monkeypatch):
+    for argv, words in (([], ("m_w^-3/4", "nugpt_none")), (["--width=4096", "--steps=80000"], ("0.1768", "nugpt_none"))):
+        monkeypatch.setattr(sys, "argv", ["parametrize.py", *argv])
+        parametrize_py.main()
+        text = capsys.readouterr().out
+        assert all(word in text for word in words)
+
+
+# ---------------------------------------------------------------- train.py: the loop
+
+def test_train_takes_adams_steps_at_the_tables_rates_on_a_cosine(data, tmp_path):
+    assert run(*options(data, tmp_path, steps=3, learning_rate=0.03)) == 0
+    rescalers, lr_scale = parametrize("nugpt", 32, 2, 3, 16, 1, 4)
+    model, m, v = small(vocab_size=256, **rescalers), {}, {}
+    tokens = read_tokens(data / "train.bin").astype(np.int64)
+    for t in range(3):
+        rows = torch.tensor(np.stack([tokens[s:s + 17] for s in train.batch_starts(0, t, 4, 16, len(tokens))]))
+        loss, grads = gradients(model, model, rows[:, :-1], rows[:, 1:])
+        rate = 0.03 * (0.1 + 0.9 * (1 + math.cos(math.pi * t / 3)) / 2)                             # cosine to 10 %, no warm-up
+        assert log(tmp_path, "learning_rate", "train_loss")[t] == pytest.approx([rate, loss], rel=1e-5)
+        for name, p in model.named_parameters():                                                    # Adam, arXiv:1412.6980
+            m[name] = 0.9 * m.get(name, 0) + 0.1 * grads[name]
+            v[name] = 0.95 * v.get(name, 0) + 0.05 * grads[name] ** 2
+            step = m[name] / (1 - 0.9 ** (t + 1)) / ((v[name] / (1 - 0.95 ** (t + 1))).sqrt() + 1e-16)
+            tensors = "rescalers" if name.endswith("raw") else name if "blocks" not in name else "hidden"
+            p.data -= rate * lr_scale[tensors] * step
+        model.normalize_weights()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(checkpoint(tmp_path)["model"][name], p.data, rtol=0, atol=1e-5)
+
+
+def test_ranks_and_micro_batches_do_not_change_the_losses(data, tmp_path):
+    """Real processes, gloo between them. Sums are taken in another order, and log.csv has 6 digits."""
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", HERE / "train.py")
+    done = process(*torchrun, *options(data, tmp_path / "2x2", micro_batch_size=1))
+    assert done.returncode == 0 and done.stdout.count("final:") == 1, done.stderr
+    for micro in (0, 1, 2):
+        assert run(*options(data, tmp_path / f"1x{micro}", micro_batch_size=micro)) == 0
+    columns = "step", "tokens", "learning_rate", "train_loss", "val_loss", "attn_alpha", "mlp_alpha", "s_z"
+    for other in ("2x2", "1x1", "1x2"):
+        np.testing.assert_allclose(log(tmp_path / other, *columns), log(tmp_path / "1x0", *columns), rtol=2e-5)
+    assert checkpoint(tmp_path / "2x2")["model"].keys() == small().state_dict().keys()              # no prefix of a wrapper
+
+
+def test_evaluation_is_the_mean_over_the_stated_windows(data, tmp_path):
+    """19 of the 24 windows of val.bin, evenly spread; neither 4 nor 3 sequences at a time divide them."""
+    tokens = torch.tensor(read_tokens(data / "val.bin").astype(np.int64))
+    windows = (len(tokens) - 1) // 16
+    rows = torch.stack([tokens[16 * i:16 * i + 17] for i in (k * windows // 19 for k in range(19))])
+    for batch_size in (4, 3):
+        assert run(*options(data, tmp_path / f"{batch_size}", batch_size=batch_size)) == 0
+        out_dir, model = tmp_path / f"{batch_size}", small(vocab_size=256, **parametrize("nugpt", 32, 2, 8, 16, 1, 4)[0])
+        model.load_state_dict(checkpoint(out_dir)["model"])
+        val_losses = log(out_dir, "val_loss")[:, 0]
+        assert val_losses[-1] == pytest.approx(model(rows[:, :-1], rows[:, 1:])[1].item(), rel=1e-5)
+        assert np.isfinite(val_losses).nonzero()[0].tolist() == [3, 7]                              # eval_every=4
+        rescalers = [[b.attn_alpha().abs() for b in model.blocks], [b.mlp_alpha().abs() for b in model.blocks], [model.s_z()]]
+        means = [torch.cat(values).mean().item() for values in rescalers]
+        assert log(out_dir, "attn_alpha", "mlp_alpha", "s_z")[-1] == pytest.approx(means, rel=1e-5)
+
+
+def test_killed_and_resumed_run_is_bit_equal_to_one_that_was_not(data, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert run(*options(data, whole)) == 0
+    kill = ("import os, train; starts = train.batch_starts\n"
+            "train.batch_starts = lambda seed, step, *a: os.kill(os.getpid(), 9) if step == 6 else starts(seed, step, *a)\n"
+            "train.main()")
+    assert process("-c", kill, *options(data, killed)).returncode == -9
+    assert checkpoint(killed)["step"] == 4 and len(log(killed)) > 4                                 # its log is ahead of it
+    assert run(f"--out_dir={killed}", "--resume", "--compile=False", "--log_every=1") == 0
+    assert log(killed) == log(whole) and len(log(whole)) == 8
+    a, b = checkpoint(whole), checkpoint(killed)
+    assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
+    for i, slot in a["optimizer"]["state"].items():
+        assert all(torch.equal(slot[key], b["optimizer"]["state"][i][key]) for key in ("exp_avg", "exp_avg_sq", "step"))
+
+
+def test_compiled_run_saves_plain_names(data, tmp_path, monkeypatch):
+    assert run(*options(data, tmp_path / "eager")) == 0
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: compiler(function, backend="eager"))     # the same wrapper, at once
+    assert run(*options(data, tmp_path / "wrapped", compile=True)) == 0
+    assert checkpoint(tmp_path / "wrapped")["model"].keys() == small().state_dict().keys()
+    assert log(tmp_path / "wrapped") == log(tmp_path / "eager")
+
+
+def test_diverged_run_says_so_and_keeps_the_last_good_checkpoint(data, tmp_path, monkeypatch):
+    class Breaks(GPT):
+        """Its fourth training step, at which a checkpoint is due, has a finite loss but gradients that are not."""
+        def forward(self, *args):
+            logits, loss = super().forward(*args)
+            if torch.is_grad_enabled():
+                self.calls = getattr(self, "calls", 0) + 1
+                loss.register_hook(lambda gradient: gradient * (math.nan if self.calls == 4 else 1))
+            return logits, loss
+
+    results = tmp_path / "results.csv"
+    assert run(*options(data, tmp_path / "rate", learning_rate=1e6, checkpoint_every=1, results=results)) == 3
+    monkeypatch.setattr(train, "GPT", Breaks)
+    assert run(*options(data, tmp_path / "gradient", checkpoint_every=2, results=results)) == 3
+    for name, row in zip(("rate", "gradient"), train.read_csv(results), strict=True):
+        assert row["status"] == "diverged" == log(tmp_path / name)[-1]["status"] and row["val_loss"] == "nan"
+        assert all(weight.isfinite().all() for weight in checkpoint(tmp_path / name)["model"].values())
+    assert checkpoint(tmp_path / "gradient")["step"] == 2
+
+
+def test_finished_run_leaves_its_files_a_last_line_and_a_sample(data, tmp_path, capsys):
+    assert run(*options(data, tmp_path, results=tmp_path / "all.csv", sample_tokens=20)) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[-1].startswith("final: step=8 val_loss=") and "bits_per_byte=" in out[-1] and "sample" in "".join(out)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["config"]["width"] == 32 and config["torch"] == torch.__version__ and "commit" in config
+    assert list(log(tmp_path)[0])[0] == "step" and log(tmp_path)[-1]["status"] == "finished"
+    row, = train.read_csv(tmp_path / "all.csv")
+    assert row["width"] == "32" and row["status"] == "finished" and float(row["seconds"]) > 0
+    assert float(row["val_loss"]) == log(tmp_path, "val_loss")[-1]
+    before = checkpoint(tmp_path)["model"]["embedding"]
+    assert run(f"--out_dir={tmp_path}", "--resume", "--sample_only", "--sample_tokens=9", "--prompt=norm") == 0
+    assert "\nnorm" in capsys.readouterr().out and torch.equal(before, checkpoint(tmp_path)["model"]["embedding"])
+
+
+def test_batches_are_a_function_of_seed_and_step_and_an_epoch_has_every_window_once():
+    starts = lambda step, seed=0: train.batch_starts(seed, step, 5, 8, 85)          # noqa: E731  10 windows, 2 steps an epoch
+    forward = [starts(step) for step in range(6)]
+    assert forward == [starts(step) for step in reversed(range(6))][::-1]
+    epochs = [forward[i] + forward[i + 1] for i in (0, 2, 4)]
+    for epoch in epochs:
+        assert np.diff(sorted(epoch)).tolist() == [8] * 9 and 0 <= min(epoch) and max(epoch) + 8 < 85
+    orders = [[(start - min(epoch)) // 8 for start in epoch] for epoch in epochs]
+    assert orders[0] != orders[1] != orders[2] != orders[0] and starts(0) != starts(0, seed=1)
+
+
+# ---------------------------------------------------------------- train.py: options, refusals, results
+
+def test_options_take_a_sign_or_a_space_and_booleans_may_stand_bare():
+    argv = ["--width", "128", "--resume", "--compile=False", "--seed=3", "--learning_rate=1e-3", "--prompt="]
+    assert train.parse_args(argv) == dict(width=128, resume=True, compile=False, seed=3, learning_rate=1e-3, prompt="")
+
+
+def test_help_explains_every_option(capsys):
+    with pytest.raises(SystemExit) as end:
+        train.parse_args(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert end.value.code == 0
+    for field in fields(train.Config):
+        metavar = "[bool]" if field.type is bool else field.type.__name__
+        assert f"--{field.name} {metavar} " in text and f"[{field.default!r}]" in text
+
+
+REFUSALS = {        # option: what the sentence says
+    "--widht=64": "did you mean --width", "8": "unknown option", "--width=wide": "whole number", "--steps=1.5": "whole number",
+    "--learning_rate=fast": "a number", "--compile=maybe": "True or False", "--width=60": "multiple of head_dim=8",
+    "--head_dim=1": "head_dim", "--depth=0": "at least 1", "--steps=0": "at least 1", "--batch_size=0": "at least 1",
+    "--base_width=0": "at least 1", "--micro_batch_size=3": "must divide the 4", "--seed=-1": "at least 0",
+    "--learning_rate=nan": "positive finite", "--learning_rate=inf": "positive finite", "--learning_rate=0": "positive finite",
+    "--learning_rate=-0.1": "positive finite", "--embedding_lr_mult=-1": "at least 0", "--beta2=1": "less than 1",
+    "--min_lr_ratio=2": "1", "--parametrization=sp": "ngpt, mup, depth_mup, nugpt_full, nugpt_none, nugpt",
+    "--dtype=float16": "float32", "--device=tpu": "auto, cuda", "--vocab_size=255": "at least 256",
+    "--seq_len=4000": "more than seq_len", "--data=nowhere": "prepare_data.py", "--sample_only": "--resume"}
+
+
+@pytest.mark.parametrize("option", REFUSALS)
+def test_impossible_options_are_refused_in_one_sentence(option, data, tmp_path):
+    sentence = run(*options(data, tmp_path), option)
+    assert isinstance(sentence, str) and sentence.startswith("train.py: ") and "\n" not in sentence
+    assert REFUSALS[option] in sentence and option.lstrip("-").split("=")[0] in sentence and not (tmp_path / "log.csv").exists()
+
+
+def test_refusal_is_one_line_without_a_traceback(data, tmp_path):
+    done = process(HERE / "train.py", *options(data, tmp_path, width=60))
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "multiple of head_dim=8" in done.stderr
+
+
+def test_batch_that_cannot_be_shared_out_is_refused(monkeypatch):
+    monkeypatch.setattr(train, "world_size", 3)
+    with pytest.raises(SystemExit, match="batch_size=4 must be a multiple of the number of processes, 3"):
+        train.check(train.Config(batch_size=4))
+
+
+def test_run_is_not_overwritten_nor_resumed_as_another(data, tmp_path):
+    assert run(*options(data, tmp_path)) == 0
+    written = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert "already holds a run" in run(*options(data, tmp_path))
+    assert "width=32 (now 64)" in run(*options(data, tmp_path, width=64), "--resume")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/text.txt").write_text("another text " * 100)
+    prepare_data.prepare(tmp_path / "other", [Path("text.txt")], tmp_path / "other", progress=False)
+    assert "does not hold the tokens" in run(*options(tmp_path / "other", tmp_path), "--resume")
+    assert "does not exist" in run(*options(data, tmp_path / "none"), "--resume", "--sample_only")
+    assert written == {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+
+
+def append_many(path, writer):
+    for i in range(20):
+        train.append_result(path, dict(seed=writer, step=i, status="finished"))
+
+
+def test_results_of_many_processes_are_all_there(tmp_path):
+    path, fork = tmp_path / "folder" / "results.csv", multiprocessing.get_context("fork")
+    writers = [fork.Process(target=append_many, args=(path, writer)) for writer in range(8)]
+    [writer.start() for writer in writers]
+    [writer.join() for writer in writers]
+    rows = sorted((int(row["seed"]), int(row["step"])) for row in train.read_csv(path))
+    assert rows == [(writer, i) for writer in range(8) for i in range(20)]
+    assert [p.name for p in path.parent.iterdir()] == ["results.csv"]
+
+
+def test_a_file_is_never_written_in_part(tmp_path):
+    path = tmp_path / "file"
+    train.write_aside(path, lambda temporary: Path(temporary).write_text("old"))
+    with pytest.raises(ZeroDivisionError):
+        train.write_aside(path, lambda temporary: (Path(temporary).write_text("new, in p"), 1 / 0))
+    assert list(tmp_path.iterdir()) == [path]
+    with open(path) as reader:
+        train.write_aside(path, lambda temporary: Path(temporary).write_text("new"))
+        assert reader.read() == "old" and path.read_text() == "new"
+
+
+def test_results_from_before_an_option_existed_get_its_default(tmp_path):
+    path = tmp_path / "results.csv"
+    path.write_text("width,gone,val_loss\n64,x,1.5\n")
+    train.append_result(path, dict(width=128, depth=4, val_loss=1.25))
+    old, new = train.read_csv(path)
+    assert old == dict(width="64", depth=str(train.Config.depth), gone="x", val_loss="1.5")
+    assert new == dict(width="128", depth="4", gone="", val_loss="1.25")
+
+
+# ---------------------------------------------------------------- prepare_data.py
+
+@pytest.mark.parametrize("vocab_size, dtype, magic", ((65_536, "<u2", (20240520, 1)), (65_537, "<u4", (20240801, 7))))
+def test_token_files_come_back_as_written_or_are_refused(tmp_path, vocab_size, dtype, magic):
+    path, tokens = tmp_path / "tokens.bin", np.random.default_rng(0).integers(0, vocab_size, 1000)
+    tokens[0] = vocab_size - 1
+    writer = TokenWriter(path, vocab_size)
+    writer.write(tokens[:600], 1)
+    writer.write(tokens[600:], 1)
+    assert not path.exists()
+    writer.close()
+    assert np.array_equal(read_tokens(path), tokens) and read_tokens(path).dtype == np.dtype(dtype)
+    raw = path.read_bytes()
+    assert tuple(np.frombuffer(raw[:12], "<i4")) == (*magic, 1000) and np.array_equal(np.frombuffer(raw[1024:], dtype), tokens)
+    for bad, words in ((b"\0" + raw[1:], "not a token file"), (raw[:4] + b"\5" + raw[5:], "not a token file"),
+                       (raw[:100], "not a token file"), (raw[:-1], "was cut"), (raw + b"\0", "was cut")):
+        path.write_bytes(bad)
+        with pytest.raises(ValueError, match=words):
+            read_tokens(path)
+    with pytest.raises(ValueError, match="is missing"):
+        read_tokens(tmp_path / "none.bin")
+
+
+def prepared(monkeypatch, source, out):
+    """(train bytes, val bytes, meta) of `python prepare_data.py source --out=out`."""
+    monkeypatch.setattr(sys, "argv", ["prepare_data.py", str(source), f"--out={out}"])
+    prepare_data.main()
+    texts = [bytes(read_tokens(out / f"{split}.bin").astype(np.uint8)) for split in ("train", "val")]
+    return *texts, json.loads((out / "meta.json").read_text())
+
+
+@pytest.mark.parametrize("name", ("text.txt", "text.txt.gz"))
+def test_a_text_is_cut_in_two_and_nothing_is_lost(name, tmp_path, monkeypatch):
+    text = "".join(f"line {i}: a hidden state, ‖h‖ = 1\n" for i in range(200)).encode()
+    (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith("gz") else text)
+    monkeypatch.setattr(prepare_data, "CHUNK", 1000)                        # several pieces
+    train_text, val_text, meta = prepared(monkeypatch, tmp_path / name, tmp_path / "out")
+    assert train_text + val_text == text and 0.04 < len(val_text) / len(text) < 0.06
+    assert meta["tokenizer"] == "byte" and meta["vocab_size"] == 256
+    for split, part in (("train", train_text), ("val", val_text)):
+        digest = hashlib.sha256((tmp_path / f"out/{split}.bin").read_bytes()).hexdigest()
+        assert meta[split] == dict(tokens=len(part), bytes=len(part), sha256=digest)
+
+
+def test_a_folders_files_go_whole_to_one_split(tmp_path, monkeypatch):
+    texts = [f"[text {i}: {'norm ' * 9}]".encode() for i in range(60)]
+    for i, text in enumerate(texts):
+        path = tmp_path / "in" / f"{i % 3}" / (f"{i}.txt.gz" if i % 2 else f"{i}.txt")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(gzip.compress(text) if i % 2 else text)
+    train_text, val_text, _ = prepared(monkeypatch, tmp_path / "in", tmp_path / "out")
+    assert [(text in train_text) + (text in val_text) for text in texts] == [1] * 60
+    assert len(train_text + val_text) == sum(map(len, texts)) and len(val_text) > 0
+    for wrong in ("none.txt", "out"):
+        with pytest.raises(SystemExit, match="must be a .txt or .txt.gz file, or a folder that holds some"):
+            prepared(monkeypatch, tmp_path / wrong, tmp_path / "no")
+
+
+def test_default_data_is_made_when_missing_and_always_the_same(data, tmp_path, monkeypatch):
+    """Once by train.py, once in a process with other string hashes."""
+    default = Path(train.Config.data)
+    monkeypatch.chdir(tmp_path)
+    assert run(*options(default, "out", steps=1)) == 0
+    again = process(HERE / "prepare_data.py", f"--out={tmp_path / 'again'}", PYTHONHASHSEED="7")
+    assert again.returncode == 0 and (default / "meta.json").read_text() == (tmp_path / "again/meta.json").read_text()
+    root, files = prepare_data.stdlib_files()
+    assert files == sorted(files) and not any({"test", "site-packages"} & set(file.parts) for file in files)
+    split = {name: {path for s, path, *_ in prepare_data.documents(root, files) if s == name} for name in ("train", "val")}
+    assert not split["train"] & split["val"] and len(split["train"] | split["val"]) == len(files)
+    assert 0.02 < len(read_tokens(default / "val.bin")) / len(read_tokens(default / "train.bin")) < 0.1
+    (default / "val.bin").write_bytes((default / "train.bin").read_bytes())         # a good file, but not the one of meta.json
+    assert "val.bin has" in run(*options(default, "out2"))
+    (default / "val.bin").write_bytes(b"<html>")
+    assert "val.bin is not a token file" in run(*options(default, "out2"))
