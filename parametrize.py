@@ -4,6 +4,7 @@ trained for longer than the base model on which the learning rate η was tuned. 
 
     python parametrize.py                                           print the table
     python parametrize.py --width=4096 --depth=48 --steps=100000    that model's actual numbers in every column
+    python parametrize.py RESULTS.csv --plot=FILE.png               does η transfer? The verdict on a sweep (see sweep.sh)
 
 m_w = width / base_width, m_d = depth / base_depth, m_t = steps / base_steps (steps at a fixed batch size), d = width,
 c = base_width^-1/2. A cell is a product of powers. "?" marks what the paper does not settle: see the notes below.
@@ -188,9 +189,10 @@ def main():
 NUMBERS = {**dict.fromkeys(("width", "depth", "steps", "base_width", "base_depth", "base_steps", "seed", "parameters"), int),
            **dict.fromkeys(("embedding_lr_mult", "unembedding_lr_mult", "learning_rate", "val_loss"), float)}
 RUN = [key for key in NUMBERS if key not in ("parameters", "val_loss")]
-MAY_DIFFER = {"parametrization", "width", "depth", "steps", "learning_rate", "seed", "micro_batch_size", "out_dir", "results",
-              "resume", "sample_only", "prompt", "sample_tokens", "log_every", "eval_every", "checkpoint_every",
-              "alignment_every", "device", "compile", "bench"}       # between the runs of one sweep
+MAY_DIFFER = {      # between the runs of one sweep
+    "parametrization", "width", "depth", "steps", "learning_rate", "seed", "micro_batch_size", "out_dir", "results",
+    "resume", "sample_only", "prompt", "sample_tokens", "log_every", "eval_every", "checkpoint_every", "alignment_every",
+    "device", "compile", "bench"}
 
 
 def read_run(options, keys, where):
@@ -200,7 +202,7 @@ def read_run(options, keys, where):
         try:
             run[key] = NUMBERS[key](run[key])
             if key == "learning_rate":
-                run["x"] = round(math.log2(run[key]), 6)
+                run["x"] = round(math.log2(run[key]), 4)
         except (KeyError, TypeError, ValueError, OverflowError):
             raise ValueError(f"{where}: {key} must be a possible number, not {run.get(key)!r}") from None
     if run["status"] == "diverged" or math.isnan(run.get("val_loss", 0)):
@@ -219,8 +221,8 @@ def read_results(path):
         if not rows or key not in rows[0]:
             raise ValueError(f"{path} is no results file of train.py: it has no {f'column {key}' if rows else 'rows'}")
     for key in list(rows[0])[:list(rows[0]).index("step")]:     # the configuration; what comes then is the outcome
-        if key not in MAY_DIFFER and len(values := {row[key] for row in rows}) > 1:
-            raise ValueError(f"{path} mixes runs with {key} = {' and '.join(sorted(map(str, values)))}; give each its own file")
+        if key not in MAY_DIFFER and len(values := {str(row[key]) for row in rows}) > 1:
+            raise ValueError(f"{path} mixes runs with {key} = {' and '.join(sorted(values))}; give each its own file")
     return [read_run(row, NUMBERS, f"{path}, line {i}") for i, row in enumerate(rows, 2)]
 
 
@@ -247,7 +249,7 @@ def identity(run):
 
 
 def curve(runs):
-    """{(log2 η, seed): loss} of one column at one size as a loss curve with its best η, the window around it, what to add."""
+    """{(log2 η, seed): loss} of one column at one size as a curve with its best η, the window around it, and what to add."""
     seeds, x = sorted({seed for _, seed in runs}), np.array(sorted({x for x, _ in runs}))
     loss = np.array([[runs.get((a, seed), math.nan) for a in x] for seed in seeds])     # nan: not run; inf: diverged
     # Seeds differ mostly by a shift. Each is moved to the common level, lest an η that only some have run be misplaced.
@@ -261,7 +263,7 @@ def curve(runs):
     add = [(a, seed) for a in x[max(best - 2, 0):best + 3].tolist() for seed in seeds if (a, seed) not in runs]
     for edge, outward, beyond in ((x[0], -step, mean[:best][::-1]), (x[-1], step, mean[best + 1:])):
         if not np.isinf(beyond[:2]).any():      # behind a divergence there is nothing to look for
-            add += [(round(float(edge) + outward * i, 6), seed) for i in range(1, 3 - len(beyond)) for seed in seeds]
+            add += [(round(float(edge) + outward * i, 4), seed) for i in range(1, 3 - len(beyond)) for seed in seeds]
     return dict(x=x, loss=loss, seeds=seeds, mean=mean, best=best, half=half, window=window, add=add, eta=float(x[best]),
                 complete=[i for i in range(len(seeds)) if np.isfinite(loss[i, window]).all()])
 
@@ -299,10 +301,11 @@ def student(freedom):
 
 def drift(optima, freedom):
     """
-    Slope of the optima over log2 size, in octaves a doubling, half its 95 % interval, and the number of seeds behind it; None
-    for fewer than two sizes. All η of a curve share its luck, so the unit is the curve: the interval comes from the scatter
-    of the optima about parallel lines, one a seed, with (curves - seeds - 1) degrees of freedom. A single seed has only the
-    scatter about the parabolas to go by, with `freedom` degrees, which leaves out how optima scatter: it is too short.
+    Slope of the optima over log2 size, in octaves a doubling, half its 95 % interval, and the number of seeds behind it;
+    None for fewer than two sizes. All η of a curve share its luck, so the unit is the curve: the interval comes from the
+    scatter of the optima about parallel lines, one a seed, with (curves - seeds - 1) degrees of freedom. A single seed has
+    only the scatter about the parabolas to go by, with `freedom` degrees. That leaves out how optima scatter, so that
+    interval is too short.
     """
     seeds = [seed for seed in {seed for _, seed in optima} if len({s for s, its in optima if its == seed}) > 1]
     if not seeds:
@@ -318,10 +321,25 @@ def drift(optima, freedom):
 
 
 def loss_at(one, x):
-    """Mean loss of a curve at log2 η = x, by the parabola through the three nearest points; inf where one of them diverged."""
+    """Mean loss of a curve at log2 η = x, by a parabola through the three nearest points; inf where one of them diverged."""
     near = np.argsort(abs(one["x"] - x), kind="stable")[:3]
     usable = len(near) == 3 and np.isfinite(one["mean"][near]).all()
     return float(np.polyval(np.polyfit(one["x"][near], one["mean"][near], 2), x)) if usable else math.inf
+
+
+def curves_of(name, sizes):
+    """{size: curve} of column `name` from {size: runs}: its own runs, those it shares, and where it has none, those of others
+    that are its own at another η."""
+    curves = {}
+    for size, here in sizes.items():
+        own, runs = any(run["parametrization"] == name for run in here), {}
+        for run in here:
+            (model, its_shift), (wanted, shift) = as_column(run, run["parametrization"]), as_column(run, name)
+            if model == wanted and (abs(its_shift - shift) < 1e-6 or not own):
+                runs[round(run["x"] + its_shift - shift, 4), run["seed"]] = run["val_loss"]
+        if runs:
+            curves[size] = dict(curve(runs), run=here[0], own=own)
+    return curves
 
 
 def judge(rows, axis=None, control="ngpt"):
@@ -340,25 +358,18 @@ def judge(rows, axis=None, control="ngpt"):
             raise ValueError(f"runs with {axis} = {size} differ in {' and '.join(differing)}; give each its own file")
     named = {run["parametrization"] for run in rows}
     for name in [name for name in COLUMNS if name in {*named, control, "nugpt"}]:
-        curves = {}
-        for size, here in sizes.items():
-            own, runs = any(run["parametrization"] == name for run in here), {}
-            for run in here:
-                (model, its_shift), (wanted, shift) = as_column(run, run["parametrization"]), as_column(run, name)
-                if model == wanted and (abs(its_shift - shift) < 1e-6 or not own):
-                    runs[round(run["x"] + its_shift - shift, 6), run["seed"]] = run["val_loss"]
-            if runs:
-                curves[size] = dict(curve(runs), run=here[0], own=own)
+        curves = curves_of(name, sizes)
         if len(curves) < 2 and name not in named:
             continue
         optima, freedom = fit(curves)
         for size, one in curves.items():
             one["eta"] = float(np.mean([optima[key][0] for key in optima if key[0] == math.log2(size)] or one["eta"]))
         first, *larger = curves.values()
-        for one in larger if first["half"] else ():     # a curve rises outwards: where η lies outside the grid, the grid's edge bounds the loss from below
+        for one in larger if first["half"] else ():     # curves rise outwards: outside a grid, its edge is a lower bound
             nearest = float(np.clip(first["eta"], one["x"][0], one["x"][-1]))
             there = loss_at(one, nearest)
-            one["regret"] = there - min(there, one["mean"][one["best"]], loss_at(one, one["eta"]))
+            best = min(there, float(one["mean"][one["best"]]), loss_at(one, one["eta"]))
+            one["regret"] = there - best if there < math.inf else math.inf
             one["bound"] = nearest != first["eta"]
         best = [one["x"][one["best"]] for one in curves.values()]
         narrow = any(one["add"] or not one["half"] for one in curves.values())
@@ -374,7 +385,9 @@ def judge(rows, axis=None, control="ngpt"):
     for verdict in verdicts.values():
         mine, others = verdict["optima"], theirs["optima"]
         both = {key: (mine[key][0] - others[key][0], mine[key][1] + others[key][1]) for key in mine if key in others}
-        verdict["difference"] = drift(both, min(verdict["freedom"], theirs.get("freedom", 0))) if verdict is not theirs else None
+        verdict["difference"] = None
+        if verdict is not theirs:
+            verdict["difference"] = drift(both, min(verdict["freedom"], theirs.get("freedom", 0)))
     return axis, verdicts
 
 
@@ -392,27 +405,30 @@ def report(axis, verdicts, control="ngpt"):
 
     def table(*rows):
         widths = [max(map(len, column)) for column in zip(*rows)]
-        return "".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() + "\n" for row in rows)
+        return "".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) + "\n" for row in rows)
 
+    one_seed = " One seed: intervals leave out how optima scatter from seed to seed, and are too short."
     return "\n".join((
         table(("column", axis, "seeds", "log2 η*", "η*", "best loss", "regret", "grid of η"),
               *((name, f"{size:,}", str(len(one["complete"])), f"{one['eta']:.2f}", f"{2 ** one['eta']:.5f}",
                  f"{one['mean'][one['best']]:.4f}", regret(one), grid(one))
                 for name, verdict in verdicts.items() for size, one in verdict["curves"].items())),
         table(("column", "drift [95 % interval]", f"less {control}'s [95 % interval]", "worst regret", "same best η?"),
-              *((name, interval(verdict["drift"]), interval(verdict["difference"]), regret(verdict["regret"]), verdict["same"])
-                for name, verdict in verdicts.items())),
+              *((name, interval(one["drift"]), interval(one["difference"]), regret(one["regret"]), one["same"])
+                for name, one in verdicts.items())),
         table((f"power of {axis} in η of", *TENSOR_CLASSES),
               *((name, *(f"{verdict['powers'][key]:+.2f} → {verdict['powers'][key] + verdict['drift'][0]:+.2f}"
                          if key in verdict["powers"] else "-" for key in TENSOR_CLASSES))
                 for name, verdict in verdicts.items() if verdict["drift"])),
-        f"drift: of log2 η* a doubling of {axis}. regret: loss at the smallest size's η*, less the best. power: in the table → what",
-        "would have left no drift." + " One seed: the intervals leave out how optima scatter between seeds, so they are too short."
-        * any(verdict["drift"] and verdict["drift"][2] == 1 for verdict in verdicts.values())))
+        f"drift: of log2 η*, a doubling of {axis}. regret: loss at the smallest size's η*, less the best. power: in the table",
+        "→ what would have left no drift." + one_seed * any(one["drift"] and one["drift"][2] == 1 for one in verdicts.values())))
 
 
 def draw(axis, verdicts, path):
-    """The picture of the verdict: a panel a column, a curve a size, thin ones for the seeds, a star at each η*."""
+    """
+    The picture of the verdict: a panel a column, a curve a size, thin ones for the seeds, a star at each η*, a dotted line
+    at the smallest size's. Raises ValueError without matplotlib, or if it cannot write such a file.
+    """
     try:
         import matplotlib
         from matplotlib.figure import Figure
@@ -434,14 +450,17 @@ def draw(axis, verdicts, path):
             panel.plot(x, one["loss"].T, ".-", color=color, lw=0.5, ms=2.5, alpha=0.5)
             panel.plot(x[~diverged], mean[~diverged], "o-", color=color, lw=1.6, ms=3.5, label=f"{size:,}")
             panel.plot(x[diverged], np.full(diverged.sum(), 0.97), "x", color=color, transform=panel.get_xaxis_transform())
-            panel.plot(one["eta"], min(loss_at(one, one["eta"]), mean[one["best"]]), "*", color=color, ms=13, mec="black", zorder=5)
-        panel.axvline(next(iter(verdict["curves"].values()))["eta"], color="gray", lw=0.8, ls=":")    # the smallest size's η*
+            if one["half"]:     # else its best is not known
+                bottom = min(loss_at(one, one["eta"]), mean[one["best"]])
+                panel.plot(one["eta"], bottom, "*", color=color, ms=13, mec="black", zorder=5)
+        panel.axvline(verdict["curves"][min(verdict["curves"])]["eta"], color="gray", lw=0.8, ls=":")
         slope, half, seeds = verdict["drift"] or (math.nan, math.nan, 0)
         interval = f"± {half:.2f} octaves a doubling" if seeds > 1 else "octaves a doubling, one seed"
         panel.set_title(name + f"\ndrift {slope:+.2f} {interval}" * bool(seeds), fontsize=10)
         panel.set_xlabel("learning rate η, ★ the best")
         panel.xaxis.set_major_locator(matplotlib.ticker.MultipleLocator(1))
         panel.xaxis.set_major_formatter(lambda x, _: f"$2^{{{x:g}}}$")
+        panel.tick_params(labelbottom=True)
         panel.grid(alpha=0.25)
     near = np.array(near)[np.isfinite(near)]
     if len(near):
@@ -457,38 +476,34 @@ def missing(rows, verdicts, wanted):
     The runs still to do, as lines of train.py's options: those of the lines `wanted` that are not among the rows, each once;
     and when all of these are done, those that grids too narrow lack. Raises ValueError if the rows are of another sweep.
     """
-    def same(a, b):
-        try:
-            return float(a) == float(b)
-        except ValueError:
-            return a == b
-
-    done, todo, options = {identity(run) for run in rows}, {}, {}
+    done, todo, options, run = {identity(run) for run in rows}, {}, {}, {}
     for line in wanted:
         options = dict(word.removeprefix("--").partition("=")[::2] for word in line.split())
         run = read_run(options, RUN, f"the run {line.strip()!r}")
         for key in options.keys() - MAY_DIFFER:
-            if rows and not same(run[key], rows[0].get(key, run[key])):
+            if rows and run[key] != rows[0].get(key, run[key]):
                 raise ValueError(f"the results are of {key}={rows[0][key]}, not {key}={run[key]}; give each its own file")
         todo.setdefault(identity(run), line.strip())
     if todo.keys() <= done:
-        for name, one in ((name, one) for name, verdict in verdicts.items() for one in verdict["curves"].values() if one["own"]):
-            for x, seed in one["add"]:
-                run = {**one["run"], "parametrization": name, "learning_rate": 2 ** x, "seed": seed, "x": x}
-                line = {**options, **{key: run[key] for key in ("parametrization", *RUN) if not same(options.get(key, ""), run[key])}}
-                todo.setdefault(identity(run), " ".join(f"--{key}={value}" for key, value in line.items()))
+        add = [(name, one["run"], *point) for name, verdict in verdicts.items() for one in verdict["curves"].values()
+               for point in one["add"] if one["own"]]
+        for name, like, x, seed in add:     # as the last line, with these changes
+            new = {**like, "parametrization": name, "learning_rate": 2 ** x, "seed": seed, "x": x}
+            changes = {key: new[key] for key in ("parametrization", *RUN) if new[key] != run.get(key)}
+            todo.setdefault(identity(new), " ".join(f"--{key}={value}" for key, value in {**options, **changes}.items()))
     return [line for run, line in todo.items() if run not in done]
 
 
 def verdict_main():
-    parser = argparse.ArgumentParser(usage="python parametrize.py RESULTS.csv [options]", allow_abbrev=False, description="Judge a sweep "
-                                     "made with train.py --results=RESULTS.csv: does the best learning rate stay where it is?")
+    parser = argparse.ArgumentParser(usage="python parametrize.py RESULTS.csv [options]", allow_abbrev=False, description=(
+        "Judge a sweep made with train.py --results=RESULTS.csv: does the best learning rate stay where it is?"))
     parser.add_argument("results", metavar="RESULTS.csv")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the picture, too")
-    parser.add_argument("--axis", choices=("width", "depth", "steps", "parameters"), help="default: what differs; parameters if several do")
-    parser.add_argument("--control", default="ngpt", choices=COLUMNS, help="the column that others are compared to, default ngpt")
-    parser.add_argument("--missing", action="store_true", help="print instead the runs still to do, a line of train.py's options each: "
-                        "those read from standard input that are not in the results or, if there are none, those that narrow grids lack")
+    parser.add_argument("--axis", choices=("width", "depth", "steps", "parameters"),
+                        help="what the size is; default: what differs between the runs, parameters if several do")
+    parser.add_argument("--control", default="ngpt", choices=COLUMNS, help="the column that others are compared to [ngpt]")
+    parser.add_argument("--missing", action="store_true", help="print instead the runs to do, a line of train.py's options "
+                        "each: those on standard input that are not in the results or, if all are, those that grids lack")
     parser.error = lambda message: sys.exit(f"parametrize.py: {message} (see python parametrize.py RESULTS.csv --help)")
     args = parser.parse_args()
     try:

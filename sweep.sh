@@ -58,7 +58,7 @@ tmp=$(mktemp -d)
 touch "$tmp/failed"
 pids=
 set -m      # each worker leads a process group, so that stopping it stops its training run, too
-trap 'exec 2>/dev/null; for pid in $pids; do kill -- "-$pid"; done; wait; rm -rf "$tmp"' EXIT
+trap 'exec 2>/dev/null; for pid in $pids; do kill -- "-$pid" || true; done; wait; rm -rf "$tmp"' EXIT
 trap 'echo "stopped; the same command continues" >&2; exit 130' INT TERM
 
 wanted() {  # every run of the grid, as options of train.py. Seeds are the outer loop: an interrupted sweep has whole seeds.
@@ -68,7 +68,8 @@ wanted() {  # every run of the grid, as options of train.py. Seeds are the outer
             for size in $SIZES; do
                 for rule in $RULES; do
                     IFS=: read -r width depth steps <<< "$size"
-                    echo "$fixed --parametrization=$rule --width=$width --depth=$depth --steps=$steps --learning_rate=$eta --seed=$seed"
+                    echo "$fixed --parametrization=$rule --width=$width --depth=$depth --steps=$steps" \
+                         "--learning_rate=$eta --seed=$seed"
                 done
             done
         done
@@ -99,8 +100,9 @@ work() {    # a worker: takes the runs that no other worker has taken, one after
             echo "  $options: $(tail -n 1 "$log")" >> "$tmp/reasons"
         fi
         echo "$n" >> "$2.done"
-        done=$(($(wc -l < "$2.done"))) total=$(($(wc -l < "$2")))
-        echo "$done of $total runs done, about $(((SECONDS * (total - done) / done + 59) / 60)) min left: ${options//--/} $outcome"
+        ready=$(($(wc -l < "$2.done"))) total=$(($(wc -l < "$2")))
+        minutes=$(((SECONDS * (total - ready) / ready + 59) / 60))
+        echo "$ready of $total runs done, about $minutes min left: ${options//--/} $outcome"
     done < "$2"
 }
 
@@ -112,25 +114,27 @@ fi
 if [ ! -e "$DATA/meta.json" ] && [ "$DATA" = data/stdlib ]; then
     $PYTHON prepare_data.py                         # here, lest all workers make it
 fi
-for round in $(seq 0 "$ROUNDS"); do
-    list=$tmp/round$round
-    todo > "$list"
-    [ -s "$list" ] || break
-    echo "$(($(wc -l < "$list"))) runs to do, $jobs at a time, into $RESULTS"
-    SECONDS=0 pids=
-    for i in $(seq "$jobs"); do
-        gpu=$(set -- $gpus; [ $# = 0 ] || { shift $(((i - 1) % $#)); echo "$1"; })
-        work "$gpu" "$list" &
-        pids="$pids $!"
+{   # Braces make bash read to the end before it starts: the script can be edited while a sweep runs.
+    for round in $(seq 0 "$ROUNDS"); do
+        list=$tmp/round$round
+        todo > "$list"
+        [ -s "$list" ] || break
+        echo "$(($(wc -l < "$list"))) runs to do, $jobs at a time, into $RESULTS"
+        SECONDS=0 pids=
+        for i in $(seq "$jobs"); do
+            gpu=$(set -- $gpus; [ $# = 0 ] || { shift $(((i - 1) % $#)); echo "$1"; })
+            work "$gpu" "$list" &
+            pids="$pids $!"
+        done
+        wait
     done
-    wait
-done
-if [ -e "$RESULTS" ]; then
-    $PYTHON parametrize.py "$RESULTS" --control="$CONTROL" --plot="$PICTURE" && echo "picture: $PICTURE" || verdict_failed=1
-fi
-if [ -s "$tmp/reasons" ]; then
-    echo "failed, and tried again by the same command:"
-    cat "$tmp/reasons"
-    exit 1
-fi
-exit "${verdict_failed:-0}"
+    if [ -e "$RESULTS" ]; then
+        $PYTHON parametrize.py "$RESULTS" --control="$CONTROL" --plot="$PICTURE" && echo "picture: $PICTURE" || verdict_failed=1
+    fi
+    if [ -s "$tmp/reasons" ]; then
+        echo "failed, and tried again by the same command:"
+        cat "$tmp/reasons"
+        exit 1
+    fi
+    exit "${verdict_failed:-0}"
+}

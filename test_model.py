@@ -4,12 +4,14 @@ Tests of all that can be tested without a network or a GPU: `python -m pytest`, 
 Every test states one claim, and was seen to fail with the code it guards broken. Sizes are tiny, since a wrong factor or axis
 is as wrong at width 32 as at 4096. Sections are those of νGPT (arXiv:2604.27077).
 """
+import csv
 import gzip
 import hashlib
 import json
 import math
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 from dataclasses import fields
@@ -23,7 +25,7 @@ import model as model_py
 import parametrize as parametrize_py
 import prepare_data
 import train
-from model import GPT, GPTConfig, norm, rope, rope_table
+from model import GPT, GPTConfig, PlainGPT, norm, rope, rope_table
 from parametrize import COLUMNS, param_groups, parametrize, value
 from prepare_data import TokenWriter, read_tokens
 
@@ -241,6 +243,63 @@ def test_generate_takes_the_likeliest_or_draws_from_the_k_likeliest():
         frequency = draw(temperature=temperature).bincount(minlength=48) / 4000
         torch.testing.assert_close(frequency, (logits / temperature).softmax(0), rtol=0, atol=0.05)
     assert set(draw(top_k=3, temperature=9).tolist()) == set(logits.topk(3).indices.tolist())
+
+
+def test_plain_model_is_its_equations():
+    """The opponent: h += attention(RMSNorm(h)), h += MLP(RMSNorm(h)), softmax scale 1/√d_head, in fp64."""
+    torch.manual_seed(0)
+    model = PlainGPT(GPTConfig(width=32, depth=2, head_dim=8, vocab_size=48, seq_len=16, embedding_std=0.8, hidden_std=0.3, unembedding_std=0.4))
+    tokens, targets = batch()
+    w = {name: p.detach().double() for name, p in model.named_parameters()}
+    rms = lambda x: x / x.square().mean(-1, keepdim=True).sqrt()
+    angle = torch.arange(16.0).double()[:, None] * 10000.0 ** (-torch.arange(0, 8, 2).double() / 8)
+    turn = torch.polar(torch.ones_like(angle), angle)       # channels i and i + 4 as one complex number
+    h = w["embedding"][tokens]
+    for i in range(2):
+        qkv, out, mlp_in, mlp_out = (w[f"blocks.{i}.{name}"] for name in ("qkv", "attn_out", "mlp_in", "mlp_out"))
+        heads = []
+        for head in range(4):
+            q, k, v = (rms(h) @ qkv[32 * part + 8 * head:32 * part + 8 * head + 8].T for part in range(3))
+            q, k = (torch.complex(x[..., :4], x[..., 4:]) * turn for x in (q, k))
+            scores = (q @ k.conj().transpose(1, 2)).real / 8 ** 0.5
+            scores = scores.masked_fill(torch.ones(16, 16, dtype=bool).triu(1), -math.inf)
+            heads.append(scores.softmax(-1) @ v)
+        h = h + torch.cat(heads, -1) @ out.T
+        u, v = (rms(h) @ mlp_in.T).split(model.config.mlp_width, -1)
+        h = h + (u * v * torch.sigmoid(v)) @ mlp_out.T
+    logits = rms(h) @ w["unembedding"].T
+    loss = -logits.log_softmax(-1).gather(-1, targets[..., None]).mean()
+    mine, my_loss = model(tokens, targets)
+    assert ((mine - logits).norm() / logits.norm()).item() < 3e-6
+    assert my_loss.item() == pytest.approx(loss.item(), rel=3e-6)
+
+
+def test_plain_columns_are_equal_at_the_base_alone_and_start_as_the_table_says():
+    def build(column, width):
+        config = train.Config(parametrization=column, width=width, depth=2, head_dim=8, vocab_size=512, seq_len=16, base_width=64,
+                              base_depth=2, weight_decay=0.1)
+        return train.build(config, torch.device("cpu"))
+    for width, equal in ((64, True), (256, False)):
+        (sp, sp_adam), (mup, mup_adam) = build("gpt_sp", width), build("gpt_mup", width)
+        rates = [[group["lr_scale"] for group in adam.param_groups] for adam in (sp_adam, mup_adam)]
+        assert (rates[0] == rates[1]) == equal
+        assert all(torch.equal(a, b) for a, b in zip(sp.parameters(), mup.parameters())) == equal
+        assert all(group["weight_decay"] == 0.1 for group in sp_adam.param_groups)
+        assert sum(len(group["params"]) for group in sp_adam.param_groups) == len(list(sp.parameters())) == 2 + 4 * 2
+    # at four times the base: hidden and unembedding rates 1/4; E_out starts at a quarter of its 64^-1/2, hidden matrices at 256^-1/2
+    assert rates[1] == [1, 0.25, 0.25]
+    block = mup.blocks[0]
+    for weight, std in ((mup.embedding, 1), (block.qkv, 1 / 16), (block.mlp_in, 1 / 16), (block.attn_out, 1 / 32), (block.mlp_out, 1 / 32),
+                        (mup.unembedding, 1 / 32)):
+        assert weight.std().item() == pytest.approx(std, rel=0.02)
+
+
+def test_bench_compares_the_two_models(capsys):
+    config = train.Config(width=32, depth=1, head_dim=8, seq_len=16, vocab_size=64, batch_size=2, device="cpu", dtype="float32", compile=False)
+    train.bench(config, *train.open_device(config), repeats=3)
+    said = capsys.readouterr().out.splitlines()
+    steps = [float(re.search(r"step ([\d.]+) ms", line)[1]) for line in said if "step" in line and "ms" in line]
+    assert len(steps) == 2 and float(re.search(r"^ratio: ([\d.]+)", said[-1])[1]) == pytest.approx(steps[0] / steps[1], rel=0.02)
 
 
 def test_compiled_model_is_the_eager_one():
@@ -644,3 +703,319 @@ def test_default_data_is_made_when_missing_and_always_the_same(data, tmp_path, m
     assert "val.bin has" in run(*options(default, "out2"))
     (default / "val.bin").write_bytes(b"<html>")
     assert "val.bin is not a token file" in run(*options(default, "out2"))
+
+
+# ---------------------------------------------------------------- the verdict, on synthetic sweeps of known drift and noise
+
+GRID = tuple(np.arange(-8.5, -3.9, 0.5))
+CONFIG = dict(parametrization="ngpt", width=48, depth=4, head_dim=24, base_width=48, base_depth=4, base_steps=400,
+              embedding_lr_mult=1.0, unembedding_lr_mult=0.5, learning_rate=0.02, steps=400, batch_size=16, seed=0,
+              device="cpu", step=400, val_loss=2.0, parameters=1000, status="finished")
+
+
+def sweep(drifts, sizes=(48, 96, 192), seeds=range(3), grid=GRID, axis="width", best=-6.0, sharpness=0.03, noise=0.0,
+          jitter=0.0, shared_jitter=0.0, draw=0):
+    """
+    Rows of a sweep: parabolas whose optimum moves by drifts[column] octaves a doubling of the size, with noise of each run,
+    of each curve's optimum (jitter) and of a seed's optima at all sizes (shared_jitter). Only the first column has the base.
+    """
+    rng, rows = np.random.default_rng(draw), []
+    seed_shift = {seed: shared_jitter * rng.standard_normal() for seed in seeds}
+    for name, drift in drifts.items():
+        for i, size in enumerate(sizes):
+            for seed in seeds:
+                optimum = best + drift * math.log2(size / sizes[0]) + seed_shift[seed] + jitter * rng.standard_normal()
+                level = 1.9 - 0.1 * i + 0.03 * rng.standard_normal()
+                for x in grid if i or name == next(iter(drifts)) else ():
+                    loss = level + sharpness * (x - optimum) ** 2 + noise * rng.standard_normal()
+                    rows.append({**CONFIG, "parametrization": name, axis: size, "seed": seed,
+                                 "learning_rate": 2.0 ** x, "val_loss": loss})
+    return rows
+
+
+def judge(rows, **options):
+    return parametrize_py.judge([parametrize_py.read_run(row, parametrize_py.NUMBERS, "test") for row in rows], **options)
+
+
+def write(path, rows):
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def command(*args, stdin="", env=None):
+    return subprocess.run([sys.executable, HERE / "parametrize.py", *map(str, args)], input=stdin, capture_output=True, text=True,
+                          env={**os.environ, **(env or {})})
+
+
+def test_known_drift_without_noise():
+    axis, verdicts = judge(sweep(dict(ngpt=-0.5, mup=0.2, nugpt=0.0)))
+    assert axis == "width" and list(verdicts) == ["ngpt", "mup", "nugpt"]
+    for name, drift in dict(ngpt=-0.5, mup=0.2, nugpt=0.0).items():
+        assert verdicts[name]["drift"][:2] == pytest.approx((drift, 0), abs=1e-6)
+        best = [one["eta"] for one in verdicts[name]["curves"].values()]
+        assert best == pytest.approx([-6 + drift * i for i in range(3)], abs=1e-6)
+    assert verdicts["nugpt"]["difference"][:2] == pytest.approx((0.5, 0), abs=1e-6)
+    assert verdicts["ngpt"]["difference"] is None
+    # the smallest size's η is 2 · 0.5 octaves off at the largest: 0.03 · 1²
+    assert verdicts["ngpt"]["regret"]["regret"] == pytest.approx(0.03, abs=1e-6)
+    assert verdicts["nugpt"]["regret"]["regret"] == pytest.approx(0, abs=1e-6)
+    assert {name: verdict["same"] for name, verdict in verdicts.items()} == dict(ngpt="No", mup="No", nugpt="Yes")
+
+
+def test_uneven_grids():
+    _, verdicts = judge(sweep(dict(ngpt=-0.5), grid=(-8, -7.25, -7, -6.5, -6.25, -6, -5, -4.5, -4)))
+    assert verdicts["ngpt"]["drift"][:2] == pytest.approx((-0.5, 0), abs=1e-6)
+
+
+def test_exponents_implied():
+    _, verdicts = judge(sweep(dict(ngpt=-0.5, nugpt=-0.1)))
+    powers = dict(embedding=-0.5, hidden=-0.75, unembedding=-0.75, rescalers=0)
+    assert verdicts["nugpt"]["powers"] == pytest.approx(powers, abs=1e-9)
+    text = parametrize_py.report("width", verdicts)
+    assert "-0.75 → -0.85" in text and "+0.00 → -0.50" in text
+
+
+def test_interval_covers_at_its_nominal_rate():
+    """Both kinds of noise: of runs, and of whole curves, which would fool an interval that goes by the single runs."""
+    hits, differences, halves, slopes = 0, 0, [], []
+    for draw in range(1000, 1500):
+        _, verdicts = judge(sweep(dict(ngpt=-0.5, nugpt=-0.1), noise=0.003, jitter=0.15, draw=draw, grid=GRID[1:]))
+        slope, half, _ = verdicts["nugpt"]["drift"]
+        hits += abs(slope + 0.1) <= half
+        difference, its_half, _ = verdicts["nugpt"]["difference"]
+        differences += abs(difference - 0.4) <= its_half
+        halves.append(half)
+        slopes.append(slope)
+    assert 0.915 <= hits / 500 <= 0.98          # with the normal's 1.96 instead of t's 2.57 it would be 0.89
+    assert 0.93 <= differences / 500 <= 0.995           # the base runs, common to both, make it a little long
+    assert np.mean(slopes) == pytest.approx(-0.1, abs=3 * np.std(slopes) / 500 ** 0.5)
+    assert np.median(halves) < 3.2 * np.std(slopes)     # t with 5 degrees of freedom is 2.6
+
+
+def test_one_seed_goes_by_the_scatter_about_the_parabolas_and_says_so():
+    hits = 0
+    for draw in range(200):
+        _, verdicts = judge(sweep(dict(ngpt=-0.5), seeds=[0], noise=0.003, draw=draw))
+        slope, half, seeds = verdicts["ngpt"]["drift"]
+        hits += abs(slope + 0.5) <= half
+        assert seeds == 1
+    assert 0.89 <= hits / 200 <= 0.985
+    assert "One seed" in parametrize_py.report("width", verdicts)
+    assert "One seed" not in parametrize_py.report("width", judge(sweep(dict(ngpt=-0.5)))[1])
+
+
+def test_a_shift_common_to_all_sizes_of_a_seed_costs_nothing():
+    """Seeds are paired: that one seed prefers a larger η at every size says nothing about the drift."""
+    _, plain = judge(sweep(dict(ngpt=-0.5), noise=0.002))
+    _, shifted = judge(sweep(dict(ngpt=-0.5), noise=0.002, shared_jitter=0.6))
+    assert np.ptp([optimum for (size, _), (optimum, _) in shifted["ngpt"]["optima"].items() if size == math.log2(48)]) > 0.3
+    assert abs(shifted["ngpt"]["drift"][0] + 0.5) < 0.1 and shifted["ngpt"]["drift"][1] < 2 * plain["ngpt"]["drift"][1]
+
+
+def test_difference_is_paired():
+    """Noise that a column shares with the control at the same size and seed cancels."""
+    rows = sweep(dict(ngpt=-0.3), jitter=0.3)
+    copy = [{**row, "parametrization": "nugpt"} for row in rows if row["width"] > 48]
+    verdict = judge(rows + copy)[1]["nugpt"]
+    assert verdict["drift"][1] > 0.05 and verdict["difference"][:2] == pytest.approx((0, 0), abs=1e-9)
+
+
+@pytest.mark.parametrize("freedom, quantile", [(1, 12.706), (2, 4.303), (5, 2.571), (10, 2.228), (30, 2.042)])
+def test_student(freedom, quantile):
+    assert parametrize_py.student(freedom) == pytest.approx(quantile, abs=0.001)
+
+
+def test_base_runs_count_for_every_column():
+    _, verdicts = judge(sweep(dict(ngpt=-0.5, mup=0.2, nugpt=0.0), noise=0.01))
+    for name in ("mup", "nugpt"):
+        assert (verdicts[name]["curves"][48]["loss"] == verdicts["ngpt"]["curves"][48]["loss"]).all()
+        assert not verdicts[name]["curves"][48]["own"] and verdicts[name]["curves"][96]["own"]
+    # … but not where they are other runs: with the table's own unembedding rate, ngpt's is twice nugpt's
+    rows = [{**row, "unembedding_lr_mult": -1} for row in sweep(dict(ngpt=-0.5, nugpt=0.0))]
+    assert list(judge(rows)[1]["nugpt"]["curves"]) == [96, 192]
+
+
+@pytest.mark.parametrize("run_as, other, shift", [("nugpt", "ngpt", -1 / 3), ("ngpt", "nugpt", 1 / 3)])
+def test_steps_without_m_t_is_with_shifted(run_as, other, shift):
+    axis, verdicts = judge(sweep({run_as: -0.05}, sizes=(400, 800, 1600), axis="steps"))
+    assert axis == "steps" and verdicts[run_as]["drift"][0] == pytest.approx(-0.05, abs=1e-3)
+    assert verdicts[other]["drift"][0] == pytest.approx(-0.05 + shift, abs=1e-3)
+    for verdict in verdicts.values():       # whatever the column, the power that the measurement implies is the same
+        power = dict(ngpt=0, nugpt=-1 / 3)[run_as] - 0.05
+        assert verdict["powers"]["hidden"] + verdict["drift"][0] == pytest.approx(power, abs=1e-3)
+
+
+def test_a_narrow_grid_is_reported_with_what_to_add():
+    rows = sweep(dict(ngpt=-0.75), grid=(-6.5, -6, -5.5, -5))
+    one = judge(rows)[1]["ngpt"]["curves"]
+    assert sorted({x for x, _ in one[48]["add"]}) == [-7] and one[48]["half"] == 1       # best -6: one more on the left
+    assert sorted({x for x, _ in one[192]["add"]}) == [-7.5, -7] and one[192]["half"] == 0
+    assert len(one[192]["add"]) == 6                                                     # for every seed
+    verdict = judge(rows)[1]["ngpt"]
+    assert verdict["same"] == "?"
+    assert not any(size == math.log2(192) for size, _ in verdict["optima"])     # never extrapolated
+    assert "add 2^-7.5 2^-7" in parametrize_py.report("width", {"ngpt": verdict})
+    right = judge(sweep(dict(ngpt=0), best=-5, grid=(-6.5, -6, -5.5, -5)))[1]["ngpt"]
+    assert sorted({x for x, _ in right["curves"][96]["add"]}) == [-4.5, -4]
+    assert "regret" not in right["regret"]      # the smallest size's η* is not known
+
+
+def test_diverged_runs():
+    rows = sweep(dict(ngpt=0.0))
+    for row in rows:
+        if row["learning_rate"] > 2 ** -5.25:      # the second above the best, and all beyond
+            row.update(status="diverged", val_loss="nan")
+    one = judge(rows)[1]["ngpt"]["curves"][96]
+    assert one["half"] == 1 and one["add"] == [] and one["eta"] == pytest.approx(-6, abs=1e-6)      # window stays symmetric
+    for row in rows:
+        if row["learning_rate"] > 2 ** -5.75:
+            row.update(status="diverged", val_loss="nan")
+    verdict = judge(rows)[1]["ngpt"]
+    assert verdict["drift"] is None and "diverges near the best" in parametrize_py.report("width", {"ngpt": verdict})
+    rows = [row for row in rows if row["learning_rate"] < 2 ** -5.25]      # the grid ends with a divergence: far enough
+    assert judge(rows)[1]["ngpt"]["curves"][96]["add"] == []
+    for row in rows:
+        if row["width"] == 192:
+            row.update(status="diverged", val_loss="nan")
+    one = judge(rows)[1]["ngpt"]["curves"][192]     # nothing survives: look further left
+    assert {x for x, _ in one["add"]} == {-9, -9.5}
+
+
+def test_regret_where_the_small_size_s_rate_diverges():
+    rows = sweep(dict(ngpt=-1.0))
+    for row in rows:
+        if row["width"] == 192 and row["learning_rate"] > 2 ** -6.25:
+            row.update(status="diverged", val_loss="nan")
+    verdict = judge(rows)[1]["ngpt"]
+    assert verdict["regret"]["regret"] == math.inf and "diverges" in parametrize_py.report("width", {"ngpt": verdict}).split("drift")[0]
+
+
+def test_one_seed_that_diverges_makes_the_point_diverged():
+    rows = sweep(dict(ngpt=0.0))
+    for row in rows:
+        if row["width"] == 96 and row["seed"] == 1 and row["learning_rate"] == 2 ** -5:
+            row["status"] = "diverged"
+    one = judge(rows)[1]["ngpt"]["curves"][96]
+    assert one["half"] == 1 and np.isinf(one["mean"]).sum() == 1
+
+
+def test_regret_outside_the_grid_is_a_lower_bound():
+    rows = [row for row in sweep(dict(ngpt=-1.0)) if row["width"] < 192 or row["learning_rate"] < 2 ** -6.75]
+    verdict = judge(rows)[1]["ngpt"]       # best at -8 and the grid ends at -7, but the smallest size's η is -6
+    assert verdict["curves"][192]["regret"] == pytest.approx(0.03, abs=1e-6) and verdict["curves"][192]["bound"]
+    assert "> 0.0300" in parametrize_py.report("width", {"ngpt": verdict})
+
+
+def test_an_unfinished_seed_does_not_misplace_the_best():
+    """A seed with a lower loss has run only at one η far from the best: that must not become the best."""
+    rows = sweep(dict(ngpt=0.0), seeds=[0, 1])
+    rows += [{**row, "seed": 2, "val_loss": row["val_loss"] - 0.2}
+             for row in rows if row["seed"] == 0 and row["learning_rate"] == 2 ** -7]
+    one = judge(rows)[1]["ngpt"]["curves"][96]
+    assert one["x"][one["best"]] == -6 and one["seeds"] == [0, 1, 2] and one["complete"] == [0, 1]
+    assert one["add"] == [(x, 2) for x in (-6.5, -6, -5.5, -5)]
+
+
+def test_more_seeds_at_small_sizes():
+    rows = [row for row in sweep(dict(ngpt=-0.5), seeds=range(6), noise=0.002) if row["width"] < 192 or row["seed"] < 3]
+    verdict = judge(rows)[1]["ngpt"]
+    assert len(verdict["optima"]) == 15 and abs(verdict["drift"][0] + 0.5) < verdict["drift"][1] < 0.1
+
+
+def test_joint_axis_and_bad_axes():
+    rows = sweep(dict(ngpt=-0.5))
+    for row in rows:
+        row.update(depth=row["width"] // 12, parameters=12 * row["width"] ** 2 * row["width"] // 12)
+    axis, verdicts = judge(rows)
+    assert axis == "parameters" and verdicts["ngpt"]["drift"][0] == pytest.approx(-0.5 / 3, abs=1e-6)
+    assert judge(rows, axis="width")[1]["ngpt"]["drift"][0] == pytest.approx(-0.5, abs=1e-6)
+    with pytest.raises(ValueError, match="width = 48 differ in depth"):
+        judge(rows + [{**rows[0], "depth": 9}], axis="width")
+
+
+def test_command_prints_the_verdict_and_draws(tmp_path):
+    pytest.importorskip("matplotlib")
+    results = write(tmp_path / "a.csv", sweep(dict(ngpt=-0.5, nugpt=0.0), noise=0.002))
+    done = command(results, f"--plot={tmp_path}/new/a.png")
+    assert done.returncode == 0, done.stderr
+    assert "-0.5" in done.stdout and "wide enough" in done.stdout and "Yes" in done.stdout
+    assert (tmp_path / "new/a.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_missing_matplotlib_is_said(tmp_path):
+    (tmp_path / "matplotlib").mkdir()
+    (tmp_path / "matplotlib/__init__.py").write_text("raise ImportError('none')")
+    results = write(tmp_path / "a.csv", sweep(dict(ngpt=-0.5)))
+    done = command(results, f"--plot={tmp_path}/a.png", env=dict(PYTHONPATH=str(tmp_path)))
+    assert done.returncode == 1 and "drift" in done.stdout
+    assert done.stderr == "parametrize.py: the picture needs matplotlib: pip install matplotlib\n"
+
+
+def line(**options):
+    run = {key: CONFIG[key] for key in ("parametrization", *parametrize_py.RUN, "batch_size")} | options
+    return " ".join(f"--{key}={value}" for key, value in run.items()) + "\n"
+
+
+def test_missing_runs(tmp_path):
+    results = tmp_path / "a.csv"
+    base = line(learning_rate=2.0 ** -6) + line(learning_rate=2.0 ** -6, parametrization="nugpt")
+    wide = line(learning_rate=2.0 ** -6, width=96) + line(learning_rate=2.0 ** -6, width=96, parametrization="nugpt")
+    # no results yet: all, but the two columns' common run at the base once
+    assert command(results, "--missing", stdin=base + wide).stdout == base.splitlines(True)[0] + wide
+    write(results, [{**CONFIG, "parametrization": "nugpt", "learning_rate": 2.0 ** -6},
+                    {**CONFIG, "parametrization": "ngpt", "learning_rate": 2.0 ** -6, "width": 96}])
+    # the base run is there under the other name; ngpt at 96, too
+    assert command(results, "--missing", stdin=base + wide).stdout == wide.splitlines(True)[1]
+    done = command(results, "--missing", stdin=line(batch_size=32))
+    assert done.returncode == 1 and "batch_size=16, not batch_size=32" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_missing_runs_of_a_narrow_grid(tmp_path):
+    rows = sweep(dict(ngpt=-0.5, nugpt=0.0), sizes=(48, 96), seeds=[0, 1], grid=(-7, -6.5, -6, -5.5, -5))
+    results, wanted = write(tmp_path / "a.csv", rows), line(learning_rate=2.0 ** -6)
+    lines = command(results, "--missing", stdin=wanted).stdout.splitlines()
+    lines = [dict(word[2:].split("=") for word in text.split()) for text in lines]
+    assert [(run["parametrization"], run["width"], run["seed"], float(run["learning_rate"])) for run in lines] == [
+        ("ngpt", "96", seed, 2 ** -7.5) for seed in "01"]
+    assert all(run["batch_size"] == "16" for run in lines)      # whatever else the sweep gives its runs, these get, too
+    # runs of the first grid come first: before they are done, nobody knows where the best is
+    more = line(learning_rate=2.0 ** -6, seed=9)
+    assert command(results, "--missing", stdin=wanted + more).stdout == more
+
+
+def test_missing_runs_have_the_name_of_those_that_are_there(tmp_path):
+    rows = sweep(dict(nugpt=0.0), sizes=(400, 1600), axis="steps", seeds=[0], grid=(-7, -6.5, -6, -5.5))
+    lines = command(write(tmp_path / "a.csv", rows), "--missing").stdout.splitlines()
+    assert len(lines) == 2      # ngpt's runs are nugpt's, η shifted: it asks for none of its own
+    assert all({"--parametrization=nugpt", f"--learning_rate={2.0 ** -5}"} <= set(text.split()) for text in lines)
+
+
+def bad_files(tmp_path):
+    rows = sweep(dict(ngpt=0.0))
+    yield "cannot read", tmp_path / "none.csv"
+    (tmp_path / "empty.csv").write_text("")
+    yield "has no rows", tmp_path / "empty.csv"
+    (tmp_path / "binary.csv").write_bytes(bytes(range(256)))
+    yield "cannot read", tmp_path / "binary.csv"
+    yield "no column parametrization", write(tmp_path / "other.csv", [dict(a=1, b=2)])
+    yield "line 2: seed must be a possible number, not 'x'", write(tmp_path / "word.csv", [{**rows[0], "seed": "x"}])
+    yield "must be a possible number, not -1.0", write(tmp_path / "negative.csv", [{**rows[0], "learning_rate": -1}])
+    yield "mixes runs with batch_size = 16 and 32", write(tmp_path / "mixed.csv", [*rows, {**rows[0], "batch_size": 32}])
+    yield "no parametrization 'mine'", write(tmp_path / "mine.csv", [*rows, {**rows[0], "parametrization": "mine"}])
+    yield "width must be at least 1", write(tmp_path / "zero.csv", [{**rows[0], "width": 0}])
+
+
+def test_bad_input_gets_one_sentence(tmp_path):
+    for words, path in bad_files(tmp_path):
+        done = command(path)
+        assert done.returncode == 1 and done.stdout == "", words
+        assert done.stderr.count("\n") == 1 and words in done.stderr, done.stderr
+    results = write(tmp_path / "a.csv", sweep(dict(ngpt=0.0)))
+    for words, option in (("--axis", "--axis=height"), ("--control", "--control=mine"), ("unrecognized", "--plott=a.png")):
+        done = command(results, option)
+        assert done.returncode == 1 and words in done.stderr and done.stderr.count("\n") == 1
+    done = command(results, f"--plot={tmp_path}/a.jpegg")
+    assert done.returncode == 1 and "jpegg" in done.stderr and done.stderr.count("\n") == 1

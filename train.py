@@ -56,8 +56,9 @@ class Config:
     embedding_lr_mult: float = 1.0      # multiplies the learning rate of the embedding
     unembedding_lr_mult: float = -1.0   # multiplies that of the unembedding; -1: the table's row "× at the base"
     # optimization: Adam and a cosine; a normalized Transformer needs no warm-up, weight decay or gradient clipping
-    learning_rate: float = 0.0028       # η, the peak learning rate at the base; the default is 2^-8.5, the best of 2^-10 … 2^-7.5 for a
-                                        # width of 128, depth 4, 400 steps of 64 × 256 bytes (assets/default_lr.csv)
+    # The default η is 2^-8.5, the best of 2^-10 … 2^-8 at width 128, depth 4, 400 steps of 64 × 256 bytes under the default base
+    # (assets/default_lr.csv). A larger model, longer run or other batch size has not been tried.
+    learning_rate: float = 0.0028       # η, the peak learning rate at the base
     steps: int = 10_000                 # optimizer steps
     batch_size: int = 64                # sequences a step, over all ranks and micro-batches
     micro_batch_size: int = 16          # sequences a forward on one rank; 0: the rank's whole share at once
