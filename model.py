@@ -44,10 +44,10 @@ class GPTConfig:
     unembedding_std: float | None = None
 
     def __post_init__(self):
-        if self.width < 1 or self.head_dim < 2 or self.width % self.head_dim:
+        if self.head_dim < 2 or self.head_dim % 2:
+            raise ValueError(f"head_dim must be positive and even, since RoPE turns pairs of channels, not {self.head_dim}")
+        if self.width < 1 or self.width % self.head_dim:
             raise ValueError(f"width must be a positive multiple of head_dim={self.head_dim}, not {self.width}")
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim must be even, since RoPE turns pairs of channels, not {self.head_dim}")
         for name in ("depth", "vocab_size", "seq_len"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")

@@ -43,6 +43,8 @@ class TokenWriter:
     def write(self, tokens, text_bytes):
         self.file.write(np.asarray(tokens).astype(self.dtype).tobytes())
         self.tokens, self.text_bytes = self.tokens + len(tokens), self.text_bytes + text_bytes
+        if self.tokens >= 2 ** 31:
+            raise ValueError(f"{self.path} would have more than 2^31 tokens, which its header cannot hold; give it less text")
 
     def close(self):
         header = np.zeros(256, dtype="<i4")
@@ -121,10 +123,10 @@ def text_chunks(path, start=0, stop=None):
 
 
 def documents(root, files):
-    """(split, path, start, stop) of each part of each file. Of 20 files or more, a hash of its path sends each whole file
+    """(split, path, start, stop) of each part of each file. Of 200 files or more, a hash of its path sends each whole file
     to one split (the split then survives the addition of a file); of fewer, each file's last part is validation text."""
     for file in files:
-        if len(files) >= 20:
+        if len(files) >= 200:
             validates = zlib.crc32(file.as_posix().encode()) % VAL_SHARE == 0
             yield "val" if validates else "train", root / file, 0, None
         else:
@@ -185,7 +187,7 @@ def main():
     name = "stdlib" if args.source is None else Path(args.source).resolve().name.removesuffix(".gz").removesuffix(".txt")
     try:
         meta = prepare(root, files, args.out or Path("data") / name, args.tokenizer)
-    except ValueError as error:
+    except (ValueError, OSError, EOFError, zlib.error) as error:       # the last two: a damaged .gz
         parser.error(error)
     print(f"{args.out or Path('data') / name}: {meta['train']['tokens']:,} tokens to train on and {meta['val']['tokens']:,} to "
           f"validate on, vocabulary {meta['vocab_size']:,} ({meta['tokenizer']})")

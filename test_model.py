@@ -555,10 +555,10 @@ REFUSALS = {        # option: what the sentence says
     "--widht=64": "did you mean --width", "8": "unknown option", "--width=wide": "whole number", "--steps=1.5": "whole number",
     "--learning_rate=fast": "a number", "--compile=maybe": "True or False", "--width=60": "multiple of head_dim=8",
     "--head_dim=1": "head_dim", "--depth=0": "at least 1", "--steps=0": "at least 1", "--batch_size=0": "at least 1",
-    "--base_width=0": "at least 1", "--micro_batch_size=3": "must divide the 4", "--seed=-1": "at least 0",
+    "--base_width=0": "at least 1", "--micro_batch_size=-1": "at least 0", "--seed=-1": "at least 0",
     "--learning_rate=nan": "positive finite", "--learning_rate=inf": "positive finite", "--learning_rate=0": "positive finite",
     "--learning_rate=-0.1": "positive finite", "--embedding_lr_mult=-1": "at least 0", "--beta2=1": "less than 1",
-    "--min_lr_ratio=2": "1", "--parametrization=sp": "ngpt, mup, depth_mup, nugpt_full, nugpt_none, nugpt",
+    "--min_lr_ratio=2": "1", "--seed=99999999999999999999": "below 2^63", "--results=runs": ".csv", "--parametrization=sp": "ngpt, mup, depth_mup, nugpt_full, nugpt_none, nugpt",
     "--dtype=float16": "float32", "--device=tpu": "auto, cuda", "--vocab_size=255": "at least 256",
     "--seq_len=4000": "more than seq_len", "--data=nowhere": "prepare_data.py", "--sample_only": "--resume"}
 
@@ -577,7 +577,7 @@ def test_refusal_is_one_line_without_a_traceback(data, tmp_path):
 
 def test_batch_that_cannot_be_shared_out_is_refused(monkeypatch):
     monkeypatch.setattr(train, "world_size", 3)
-    with pytest.raises(SystemExit, match="batch_size=4 must be a multiple of the number of processes, 3"):
+    with pytest.raises(SystemExit, match="multiple of the number of processes, 3, not 4"):
         train.check(train.Config(batch_size=4))
 
 
@@ -591,7 +591,33 @@ def test_run_is_not_overwritten_nor_resumed_as_another(data, tmp_path):
     prepare_data.prepare(tmp_path / "other", [Path("text.txt")], tmp_path / "other", progress=False)
     assert "does not hold the tokens" in run(*options(tmp_path / "other", tmp_path), "--resume")
     assert "does not exist" in run(*options(data, tmp_path / "none"), "--resume", "--sample_only")
+    assert run(*options(data, tmp_path), "--bench") == 0
     assert written == {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+
+
+def test_resumed_run_needs_a_whole_checkpoint_of_the_same_table(data, tmp_path, monkeypatch):
+    assert run(*options(data, tmp_path, parametrization="ngpt")) == 0
+    whole = (tmp_path / "ckpt.pt").read_bytes()
+    for broken in (whole[:len(whole) // 2], b"hello", b""):
+        (tmp_path / "ckpt.pt").write_bytes(broken)
+        assert "ckpt.pt is damaged" in run(f"--out_dir={tmp_path}", "--resume")
+    (tmp_path / "ckpt.pt").write_bytes(whole)
+    monkeypatch.setitem(COLUMNS["ngpt"], "alpha_init", "0.06")
+    assert "table in parametrize.py is no longer the one" in run(f"--out_dir={tmp_path}", "--resume")
+    monkeypatch.undo()
+    (tmp_path / "ckpt.pt").unlink()             # stopped before its first checkpoint: it begins again, with its own options
+    assert run(f"--out_dir={tmp_path}", "--resume") == 0
+    assert checkpoint(tmp_path)["config"]["width"] == 32 and len(log(tmp_path)) == 8
+
+
+def test_a_run_whose_vocabulary_cannot_be_loaded_ends_well_without_a_sample(data, tmp_path, monkeypatch, capsys):
+    def no_network(name):
+        raise ValueError("tiktoken could not load the vocabulary")
+    monkeypatch.setattr(train, "get_tokenizer", no_network)
+    assert run(*options(data, tmp_path, sample_tokens=5, results=tmp_path / "all.csv")) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert "no sample: tiktoken" in said[-2] and said[-1].startswith("final: ") and len(train.read_csv(tmp_path / "all.csv")) == 1
+    assert "tiktoken could not" in run(f"--out_dir={tmp_path}", "--resume", "--sample_only")
 
 
 def append_many(path, writer):
@@ -674,13 +700,13 @@ def test_a_text_is_cut_in_two_and_nothing_is_lost(name, tmp_path, monkeypatch):
 
 
 def test_a_folders_files_go_whole_to_one_split(tmp_path, monkeypatch):
-    texts = [f"[text {i}: {'norm ' * 9}]".encode() for i in range(60)]
+    texts = [f"[text {i}: {'norm ' * 9}]".encode() for i in range(240)]
     for i, text in enumerate(texts):
         path = tmp_path / "in" / f"{i % 3}" / (f"{i}.txt.gz" if i % 2 else f"{i}.txt")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(gzip.compress(text) if i % 2 else text)
     train_text, val_text, _ = prepared(monkeypatch, tmp_path / "in", tmp_path / "out")
-    assert [(text in train_text) + (text in val_text) for text in texts] == [1] * 60
+    assert [(text in train_text) + (text in val_text) for text in texts] == [1] * 240
     assert len(train_text + val_text) == sum(map(len, texts)) and len(val_text) > 0
     for wrong in ("none.txt", "out"):
         with pytest.raises(SystemExit, match="must be a .txt or .txt.gz file, or a folder that holds some"):

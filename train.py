@@ -20,11 +20,13 @@ import inspect
 import json
 import math
 import os
+import pickle
 import platform
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -56,12 +58,12 @@ class Config:
     embedding_lr_mult: float = 1.0      # multiplies the learning rate of the embedding
     unembedding_lr_mult: float = -1.0   # multiplies that of the unembedding; -1: the table's row "× at the base"
     # optimization: Adam and a cosine; a normalized Transformer needs no warm-up, weight decay or gradient clipping
-    # The default η is 2^-8.5, the best of 2^-10 … 2^-8 at width 128, depth 4, 400 steps of 64 × 256 bytes under the default base
+    # The default η is 2^-8.5, the best of 2^-10, 2^-9.5, … 2^-7.5 at width 128, depth 4, 400 steps of 64 × 256 bytes under the default base
     # (assets/default_lr.csv). A larger model, longer run or other batch size has not been tried.
     learning_rate: float = 0.0028       # η, the peak learning rate at the base
     steps: int = 10_000                 # optimizer steps
     batch_size: int = 64                # sequences a step, over all ranks and micro-batches
-    micro_batch_size: int = 16          # sequences a forward on one rank; 0: the rank's whole share at once
+    micro_batch_size: int = 16          # sequences a forward on one rank, at most; 0: the rank's whole share at once
     min_lr_ratio: float = 0.1           # where the cosine ends, as a fraction of the peak
     warmup_steps: int = 0               # steps of linear warm-up; the plain GPT needs some
     weight_decay: float = 0.0           # of the matrices; the plain GPT needs some
@@ -143,7 +145,9 @@ def check(config):
     for keys, allowed, words in (
             ("steps batch_size log_every eval_every eval_tokens checkpoint_every base_width base_depth base_steps",
              lambda v: v >= 1, "at least 1"),
-            ("micro_batch_size vocab_size sample_tokens seed warmup_steps", lambda v: v >= 0, "at least 0"),
+            ("micro_batch_size vocab_size sample_tokens warmup_steps", lambda v: v >= 0, "at least 0"),
+            ("seed", lambda v: 0 <= v < 2 ** 63, "at least 0 and below 2^63"),
+            ("results", lambda v: not v or v.endswith(".csv") and not Path(v).is_dir(), "the name of a .csv file"),
             ("learning_rate eps", lambda v: 0 < v < math.inf, "a positive finite number"),
             ("beta1 beta2", lambda v: 0 <= v < 1, "at least 0 and less than 1"),
             ("min_lr_ratio", lambda v: 0 <= v <= 1, "between 0 and 1"),
@@ -155,60 +159,72 @@ def check(config):
         for key in keys.split():
             if not allowed(getattr(config, key)):
                 fail(f"{key} must be {words}, not {getattr(config, key)}")
-    share, micro = config.batch_size // world_size, config.micro_batch_size
     if config.batch_size % world_size:
-        fail(f"batch_size={config.batch_size} must be a multiple of the number of processes, {world_size}")
-    if 0 < micro < share and share % micro:
-        fail(f"micro_batch_size={micro} must divide the {share} sequences of a process, or be 0 for all at once")
+        fail(f"batch_size must be a multiple of the number of processes, {world_size}, not {config.batch_size}")
     if config.sample_only and not config.resume:
         fail("sample_only needs --resume, and the --out_dir of a trained model")
     if config.resume and not config.out_dir:
         fail("resume needs the --out_dir of the run")
-    if config.device == "cuda" and not torch.cuda.is_available():
-        fail("device=cuda, but PyTorch sees no GPU here; use --device=cpu")
+    if config.device == "cuda" and int(os.environ.get("LOCAL_RANK", 0)) >= torch.cuda.device_count():
+        fail(f"device=cuda needs a GPU for each process, but PyTorch sees {torch.cuda.device_count()} here; try --device=cpu")
 
 
-def load_checkpoint(given):
-    """The checkpoint to continue from, or None. Leaves if the options given do not go with what is in out_dir."""
-    out_dir, path = given.get("out_dir", Config.out_dir), Path(given.get("out_dir", Config.out_dir)) / "ckpt.pt"
+def load_run(given):
+    """
+    (configuration, checkpoint) of the run in out_dir that the options given continue; ({}, None) if they begin a new one, and
+    no checkpoint if the run was stopped before its first. Leaves if the options do not go with what is in out_dir.
+    """
+    out_dir = Path(given.setdefault("out_dir", Config.out_dir))
+    path, record = out_dir / "ckpt.pt", out_dir / "config.json"
     if not given.get("resume"):
-        if out_dir and (Path(out_dir) / "log.csv").exists():
+        if given["out_dir"] and (out_dir / "log.csv").exists() and not given.get("bench"):
             fail(f"{out_dir} already holds a run; continue it with --resume, or choose another --out_dir")
-        return None
-    if not path.exists():
+        return {}, None
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True) if path.exists() else None
+        saved = checkpoint["config"] if checkpoint else json.loads(record.read_text())["config"] if record.exists() else {}
+        Config(**saved)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError) as error:
+        fail(f"{path if path.exists() else record} is damaged, or of another version of this program ({type(error).__name__})")
+    if not checkpoint:
         if given.get("sample_only"):
             fail(f"there is no trained model: {path} does not exist")
         say(f"there is no {path} yet: starting at step 0")
-        return None
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    saved = checkpoint["config"]
     automatic = dict(dtype="auto", vocab_size=0)        # these were saved as what they had come to stand for
-    changed = [key for key in given if key not in FREE_ON_RESUME and given[key] not in (saved[key], automatic.get(key))]
+    changed = [key for key in given if key not in FREE_ON_RESUME and saved and given[key] not in (saved[key], automatic.get(key))]
     if changed:
-        fail(f"{path} has {', '.join(f'{key}={saved[key]} (now {given[key]})' for key in changed)}; a resumed run may change only "
+        fail(f"{out_dir} has {', '.join(f'{key}={saved[key]} (now {given[key]})' for key in changed)}; a resumed run may change only "
              f"{', '.join(FREE_ON_RESUME)}")
-    return checkpoint
+    return saved, checkpoint
 
 
 # ---------------------------------------------------------------- data
 
 def load_data(config):
     """(train tokens, val tokens, meta) of a folder made by prepare_data.py. Raises ValueError if one of its files is not right."""
-    folder = config.data
+    folder, trouble = config.data, [None]
     meta_path = Path(folder) / "meta.json"
-    if not meta_path.exists():
-        if folder != Config.data:
-            raise ValueError(f"{folder} is no data folder (it has no meta.json); make one with prepare_data.py")
-        if rank == 0:
-            print(f"making the default data, Python's standard library, in {folder}")
+    if rank == 0 and folder == Config.data and not meta_path.exists():
+        say(f"making the default data, Python's standard library, in {folder}")
+        try:
             prepare_stdlib(folder, progress=False)
+        except (OSError, ValueError) as error:
+            trouble = [f"the default data could not be made: {error}"]
     if world_size > 1:
-        dist.barrier()
-    meta = json.loads(meta_path.read_text())
+        dist.broadcast_object_list(trouble)     # the other ranks wait for the data here, and leave with the first if there is none
+    if trouble[0]:
+        raise ValueError(trouble[0])
+    if not meta_path.exists():
+        raise ValueError(f"{folder} is no data folder (it has no meta.json); make one with prepare_data.py")
+    try:
+        meta = json.loads(meta_path.read_text())
+        expected = {split: meta[split]["tokens"] for split in ("train", "val")}
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{meta_path} is damaged; make {folder} again with prepare_data.py") from None
     train, val = (read_tokens(Path(folder) / f"{split}.bin") for split in ("train", "val"))
     for split, tokens in (("train", train), ("val", val)):
-        if len(tokens) != meta[split]["tokens"]:
-            raise ValueError(f"{folder}/{split}.bin has {len(tokens):,} tokens, but {meta_path} says {meta[split]['tokens']:,}")
+        if len(tokens) != expected[split]:
+            raise ValueError(f"{folder}/{split}.bin has {len(tokens):,} tokens, but {meta_path} says {expected[split]:,}")
         if len(tokens) <= config.seq_len:
             raise ValueError(f"{folder}/{split}.bin has {len(tokens):,} tokens, which must be more than seq_len={config.seq_len}")
     return train, val, meta
@@ -284,8 +300,9 @@ def append_result(path, row):
 
 
 def versions():
-    commit = subprocess.run(["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"], capture_output=True, text=True)
-    return dict(commit=commit.stdout.strip(), python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
+    describe = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
+    commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    return dict(commit=commit, python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
 
 
 # ---------------------------------------------------------------- the run
@@ -298,38 +315,41 @@ def schedule(step, config):
 
 
 def print_sample(model, config, tokenizer, autocast):
-    """Print config.sample_tokens tokens drawn from the model after config.prompt."""
-    encode, decode, vocab_size, end_of_text = get_tokenizer(tokenizer)
-    prompt = [int(token) for token in encode([config.prompt])[0]] or [ord("\n") if end_of_text is None else end_of_text]
-    torch.manual_seed(config.seed)
-    with autocast:
-        tokens = model.generate(torch.tensor([prompt], device=model.embedding.device), config.sample_tokens, top_k=50)
-    tokens = [token for token in tokens[0].tolist() if token < vocab_size]     # the model's vocabulary may be rounded up
-    say(f"{'-' * 30} sample {'-' * 30}\n{decode(tokens)}\n{'-' * 68}")
+    """Print config.sample_tokens tokens drawn from the model after config.prompt, or why that cannot be."""
+    try:
+        encode, decode, vocab_size, end_of_text = get_tokenizer(tokenizer)
+        prompt = [int(token) for token in encode([config.prompt])[0]] or [ord("\n") if end_of_text is None else end_of_text]
+        torch.manual_seed(config.seed)
+        with autocast:
+            tokens = model.generate(torch.tensor([prompt], device=model.embedding.device), config.sample_tokens, top_k=50)
+        text = decode([token for token in tokens[0].tolist() if token < vocab_size])    # the model's vocabulary may be rounded up
+    except (ValueError, KeyError) as error:         # no network for the vocabulary; a token that no text has
+        return fail(error) if config.sample_only else say(f"no sample: {error}")
+    say(f"{'-' * 30} sample {'-' * 30}\n{text}\n{'-' * 68}")
 
 
 def open_device(config):
-    """(device of this rank, autocast context). Starts the process group, and sets what `auto` stands for in config."""
+    """(device of this rank, autocast context). Starts the process group, and sets what dtype=auto stands for in config."""
     on_gpu = config.device == "cuda" or config.device == "auto" and torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
-    elif config.compile and not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")):
-        say("torch.compile needs a C++ compiler for the CPU and found none: going on without it, more slowly")
-        config.compile = False
     if world_size > 1:
-        dist.init_process_group("nccl" if on_gpu else "gloo")
+        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
     if config.dtype == "auto":
         cpu_flags = Path("/proc/cpuinfo")
-        has_bf16 = torch.cuda.is_bf16_supported() if on_gpu else cpu_flags.exists() and "bf16" in cpu_flags.read_text()
+        has_bf16 = (torch.cuda.get_device_capability(device) >= (8, 0) if on_gpu else
+                    cpu_flags.exists() and "bf16" in cpu_flags.read_text())
         config.dtype = "bfloat16" if has_bf16 else "float32"
     libc = ctypes.CDLL(None)
     if not on_gpu and hasattr(libc, "mallopt"):     # glibc: keep freed memory, which costs up to a quarter of a step to get back
         libc.mallopt(-1, 2 ** 31 - 1)               # M_TRIM_THRESHOLD
         libc.mallopt(-4, 0)                         # M_MMAP_MAX
     if not on_gpu and config.dtype == "bfloat16" and config.seq_len <= 256:
-        # On short bf16 sequences PyTorch's fused attention for the CPU is 3 times as slow as its plain one, mostly backward.
-        torch.backends.cuda.enable_flash_sdp(False)     # despite their names these two switch the CPU's attention, too
+        # On short bf16 sequences PyTorch's fused attention for the CPU takes 3 times as long as its plain one, mostly backward.
+        # The plain one rounds scores to bf16, too. Despite their names, these switches count on the CPU; compile caches do not
+        # see them, so empty the cache after an edit here.
+        torch.backends.cuda.enable_flash_sdp(False)
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     return device, torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
 
@@ -351,7 +371,14 @@ def build(config, device):
 
 def maybe_compile(model, config):
     """(forward, normalize_weights) of the model, compiled if config says so. The model itself keeps its parameters' names."""
-    if not config.compile:
+    if model.embedding.device.type == "cuda":
+        can_compile = any(map(shutil.which, ("gcc", "clang", "cc"))) or "CC" in os.environ
+    else:
+        header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+        can_compile = header.exists() and (any(map(shutil.which, ("g++", "clang++"))) or "CXX" in os.environ)
+    if config.compile and not can_compile:
+        say("torch.compile needs a C++ compiler and Python's headers (python3-dev) and did not find them: going on uncompiled, more slowly")
+    if not config.compile or not can_compile:
         return model, model.normalize_weights
     return torch.compile(model), torch.compile(model.normalize_weights)
 
@@ -420,8 +447,8 @@ def bench(config, device, autocast, repeats=30):
 def main():
     started = time.perf_counter()
     given = parse_args(sys.argv[1:])
-    checkpoint = load_checkpoint(given)
-    config = Config(**{**(checkpoint["config"] if checkpoint else {}), **given})
+    saved, checkpoint = load_run(given)
+    config = Config(**{**saved, **given})
     check(config)
 
     device, autocast = open_device(config)
@@ -436,6 +463,8 @@ def main():
             raise ValueError(f"vocab_size must be at least {meta['vocab_size']}, the vocabulary of {config.data}, "
                              f"not {config.vocab_size}")
         model, optimizer = build(config, device)
+        if checkpoint and asdict(model.config) != checkpoint["model_config"]:
+            raise ValueError(f"the table in parametrize.py is no longer the one that {config.out_dir}/ckpt.pt was trained with")
     except ValueError as error:
         fail(error)
     step, seconds, train_loss, val_loss = 0, 0.0, math.nan, math.nan
@@ -443,15 +472,19 @@ def main():
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         step, seconds, train_loss, val_loss = (checkpoint[key] for key in ("step", "seconds", "train_loss", "val_loss"))
+    if world_size > 1:
+        steps = torch.tensor([step, -step], device=device)
+        dist.all_reduce(steps, dist.ReduceOp.MAX)
+        if steps.sum():
+            fail(f"the processes found different checkpoints: {config.out_dir} must be one folder that every node sees")
     if config.sample_only:
-        print_sample(model, config, meta["tokenizer"], autocast)
-        return
+        return print_sample(model, config, meta["tokenizer"], autocast)
     forward, normalize_weights = maybe_compile(model, config)
-    ddp = DDP(forward, gradient_as_bucket_view=True) if world_size > 1 else forward
+    ddp = DDP(forward, gradient_as_bucket_view=True, broadcast_buffers=False) if world_size > 1 else forward
 
     # How a batch is shared out
     share = config.batch_size // world_size                             # sequences of this rank
-    micro = min(config.micro_batch_size or share, share)                # and of one forward
+    micro = max(m for m in range(1, share + 1) if share % m == 0 and m <= (config.micro_batch_size or share))   # and of one forward
     tokens_per_step = config.batch_size * config.seq_len
     windows = (len(val) - 1) // config.seq_len                          # evaluate on windows spread evenly over val.bin
     val_windows = min(windows, max(1, config.eval_tokens // config.seq_len))
@@ -459,7 +492,7 @@ def main():
     device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     peak = next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None) if config.dtype == "bfloat16" else None
     say(f"{config.parametrization}: {model.num_params():,} parameters ({model.num_params(embeddings=False):,} without embeddings), "
-        f"{config.steps:,} steps of {tokens_per_step:,} tokens, {config.dtype} on {world_size} × {device_name}")
+        f"{config.steps:,} steps of {tokens_per_step:,} tokens, {micro} sequences a forward, {config.dtype} on {world_size} × {device_name}")
     say(f"evaluation on {val_windows} windows of {config.seq_len} tokens, spread evenly over {config.data}/val.bin")
 
     out_dir = Path(config.out_dir) if config.out_dir and rank == 0 else None
@@ -501,7 +534,7 @@ def main():
     def save_checkpoint():
         if out_dir:
             state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step, seconds=seconds,
-                         train_loss=train_loss, val_loss=val_loss, config=asdict(config), data=meta)
+                         train_loss=train_loss, val_loss=val_loss, config=asdict(config), model_config=asdict(model.config), data=meta)
             write_aside(out_dir / "ckpt.pt", lambda path: torch.save(state, path))
 
     # The loop
@@ -552,7 +585,7 @@ def main():
             say(f"step {step}/{config.steps}: train_loss {train_loss:.4f}, val_loss {val_loss:.4f}")
         finite = [train_loss, val_loss if evaluating else 0.0]
         if saving:
-            finite += [weight.sum().item() for weight in model.parameters()]
+            finite.append(torch.stack([weight.sum() for weight in model.parameters()]).sum().item())
         if not all(map(math.isfinite, finite)):
             status, val_loss = "diverged", math.nan
             log(**row, status=status)
@@ -564,19 +597,23 @@ def main():
         clock, clock_step = time.perf_counter(), step       # neither evaluation nor checkpoints count as training time
     bar.close()
 
-    if status == "finished" and config.sample_tokens:
-        print_sample(model, config, meta["tokenizer"], autocast)
     bits_per_byte = val_loss / math.log(2) * meta["val"]["tokens"] / meta["val"]["bytes"]
     end = dict(step=step, val_loss=f"{val_loss:.4f}", bits_per_byte=f"{bits_per_byte:.4f}", train_loss=f"{train_loss:.4f}",
                tokens=step * tokens_per_step, parameters=model.num_params(), status=status,
                seconds=f"{time.perf_counter() - started:.1f}")
     if config.results and rank == 0:
         append_result(config.results, {**asdict(config), **end, "val_loss": f"{val_loss:.6f}", **mean_rescalers()})
+    if status == "finished" and config.sample_tokens and rank == 0:
+        print_sample(model, config, meta["tokenizer"], autocast)
     say("final: " + " ".join(f"{key}={value}" for key, value in end.items()))
     if world_size > 1:
+        dist.barrier()      # a rank that left with an exit code would take the first down before it is done
         dist.destroy_process_group()
     sys.exit(3 if status == "diverged" else 0)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except OSError as error:    # no such folder, no permission, disk full
+        fail(error)
