@@ -573,6 +573,7 @@ def main():
         now = time.perf_counter()
         if first:
             say(f"first step: {now - clock:.1f} s" + (", most of it torch.compile" if config.compile else ""))
+            bar.unpause()       # the time left is estimated without it
         else:
             seconds, rate = seconds + now - clock, (step - clock_step) * tokens_per_step / (now - clock)
             mfu = f", MFU {rate * model.flops_per_token() / (peak * world_size):.1%}" if peak else ""
