@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sweep the learning rate at several sizes of the model, then judge whether the best one stays where it is.
 #
-#   ./sweep.sh laptop       width 48 to 192, one seed: about 20 minutes on two cores
+#   ./sweep.sh laptop       width 48 to 192, one seed: under 30 minutes on two cores
 #   ./sweep.sh width        the paper's axes, sized for the machine at hand and with three seeds. Core-hours, on a CPU:
 #   ./sweep.sh depth          width 4, depth 3.5, steps 2.5, joint 1.5; one process a core shares them out
 #   ./sweep.sh steps
@@ -85,25 +85,33 @@ todo() {    # parametrize.py knows which runs are in the results, which are the 
     fi
 }
 
-work() {    # a worker: takes the runs that no other worker has taken, one after the other. $1: its GPU, if any; $2: the list
+failed() {  # $1: the run, $2: why
+    echo "$1" >> "$tmp/failed"
+    echo "  ${1#"$fixed "}: $2" >> "$tmp/reasons"
+}
+
+work() {    # a worker: a process of train.py that takes the runs no other has taken. $1: its GPU, if any; $2: the list of runs
     export CUDA_VISIBLE_DEVICES=$1 OMP_NUM_THREADS=1
-    n=0
-    while read -r run; do
-        n=$((n + 1))
-        mkdir "$2.$n" 2>/dev/null || continue       # made by exactly one worker
-        log=$2.$n/log code=0 options=${run#"$fixed "}
-        $PYTHON train.py $run --results="$RESULTS" > "$log" 2>&1 < /dev/null || code=$?
-        outcome=$(grep -o '^final: .*' "$log" | grep -o 'val_loss=[^ ]*\|status=[^ ]*' | tr '\n' ' ' || true)
-        if [ $code != 0 ] && [ $code != 3 ]; then   # 3: it diverged, which is a result
-            echo "$run" >> "$tmp/failed"
-            outcome="FAILED: $(tail -n 1 "$log")"
-            echo "  $options: $(tail -n 1 "$log")" >> "$tmp/reasons"
-        fi
-        echo "$n" >> "$2.done"
-        ready=$(($(wc -l < "$2.done"))) total=$(($(wc -l < "$2")))
-        minutes=$(((SECONDS * (total - ready) / ready + 59) / 60))
-        echo "$ready of $total runs done, about $minutes min left: ${options//--/} $outcome"
-    done < "$2"
+    claimed=-1
+    # Should a run take its process down, another goes on behind it; when one claims no run, all are taken or none can start.
+    while [ "$claimed" != "$(ls "$2.claims" | wc -l)" ]; do
+        claimed=$(ls "$2.claims" | wc -l)
+        sed "s|\$| '--results=$RESULTS'|" "$2" | $PYTHON train.py --each "$2.claims" | while read -r word n rest; do
+            if [ "$word" = final: ]; then
+                outcome=$(echo "$rest" | grep -o 'val_loss=[^ ]*\|status=[^ ]*' | tr '\n' ' ')
+            elif [ "$word" = ended ]; then
+                run=$(sed -n "${n}p" "$2")
+                if [ "$rest" != 0 ] && [ "$rest" != 3 ]; then       # 3: it diverged, which is a result
+                    failed "$run" "$rest"
+                    outcome="FAILED: $rest"
+                fi
+                echo "$n" >> "$2.done"
+                ready=$(($(wc -l < "$2.done"))) total=$(($(wc -l < "$2"))) options=${run#"$fixed "}
+                minutes=$(((SECONDS * (total - ready) / ready + 59) / 60))
+                echo "$ready of $total runs done, about $minutes min left: ${options//--/} $outcome"
+            fi
+        done || true
+    done
 }
 
 case $RESULTS in *.csv) ;; *) echo "sweep.sh: RESULTS must end in .csv, not be $RESULTS" >&2; exit 1 ;; esac
@@ -119,14 +127,19 @@ fi
         list=$tmp/round$round
         todo > "$list"
         [ -s "$list" ] || break
+        mkdir "$list.claims"
+        touch "$list.done" "$list.errors"
         echo "$(($(wc -l < "$list"))) runs to do, $jobs at a time, into $RESULTS"
         SECONDS=0 pids=
         for i in $(seq "$jobs"); do
             gpu=$(set -- $gpus; [ $# = 0 ] || { shift $(((i - 1) % $#)); echo "$1"; })
-            work "$gpu" "$list" &
+            work "$gpu" "$list" 2>> "$list.errors" &
             pids="$pids $!"
         done
         wait
+        for n in $(seq "$(wc -l < "$list")"); do    # those whose process ended before they did
+            grep -qx "$n" "$list.done" || failed "$(sed -n "${n}p" "$list")" "no result. $(tr '\r' '\n' < "$list.errors" | tail -n 1)"
+        done
     done
     if [ -e "$RESULTS" ]; then
         $PYTHON parametrize.py "$RESULTS" --control="$CONTROL" --plot="$PICTURE" && echo "picture: $PICTURE" || verdict_failed=1

@@ -104,8 +104,7 @@ def options(data, out_dir, **changes):
 def run(*argv):
     """train.py in this process. Returns its exit code, or the sentence with which it refuses."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
-        patch.setattr(sys, "argv", ["train.py", *argv])
-        sys.exit(train.main())
+        sys.exit(train.main(list(argv)))
     return end.value.code or 0
 
 
@@ -466,9 +465,9 @@ def test_evaluation_is_the_mean_over_the_stated_windows(data, tmp_path):
 def test_killed_and_resumed_run_is_bit_equal_to_one_that_was_not(data, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert run(*options(data, whole)) == 0
-    kill = ("import os, train; starts = train.batch_starts\n"
+    kill = ("import os, sys, train; starts = train.batch_starts\n"
             "train.batch_starts = lambda seed, step, *a: os.kill(os.getpid(), 9) if step == 6 else starts(seed, step, *a)\n"
-            "train.main()")
+            "train.main(sys.argv[1:])")
     assert process("-c", kill, *options(data, killed)).returncode == -9
     assert checkpoint(killed)["step"] == 4 and len(log(killed)) > 4                                 # its log is ahead of it
     assert run(f"--out_dir={killed}", "--resume", "--compile=False", "--log_every=1") == 0
@@ -618,6 +617,22 @@ def test_a_run_whose_vocabulary_cannot_be_loaded_ends_well_without_a_sample(data
     said = capsys.readouterr().out.splitlines()
     assert "no sample: tiktoken" in said[-2] and said[-1].startswith("final: ") and len(train.read_csv(tmp_path / "all.csv")) == 1
     assert "tiktoken could not" in run(f"--out_dir={tmp_path}", "--resume", "--sample_only")
+
+
+def test_runs_in_one_process_are_those_of_a_process_each(data, tmp_path):
+    """Two processes share four lines, one of them impossible; what one run leaves behind does not touch the next."""
+    lines = [" ".join(options(data, tmp_path / f"each{i}", seed=i, **changes)) for i, changes in
+             enumerate((dict(), dict(parametrization="ngpt"), dict(width=60), dict(learning_rate=1e6)))]
+    (tmp_path / "claims").mkdir()
+    together = [subprocess.Popen([sys.executable, HERE / "train.py", "--each", tmp_path / "claims"], text=True, cwd=HERE,
+                                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) for _ in range(2)]
+    [process.stdin.write("\n".join(lines) + "\n") for process in together]
+    said = sorted(line for process in together for line in process.communicate()[0].splitlines() if line.startswith("ended"))
+    assert said[0] == "ended 1 0" and said[1] == "ended 2 0" and said[3] == "ended 4 3" and len(said) == 4
+    assert said[2].startswith("ended 3 train.py: width must be")
+    for i, changes in enumerate((dict(), dict(parametrization="ngpt"))):
+        assert run(*options(data, tmp_path / f"alone{i}", seed=i, **changes)) == 0
+        assert log(tmp_path / f"alone{i}") == log(tmp_path / f"each{i}")
 
 
 def append_many(path, writer):

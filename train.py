@@ -7,6 +7,7 @@ Train a normalized Transformer: one process, one node or several.
     torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py …    on each of four nodes
     python train.py --out_dir=out --resume                      continue a run that was stopped; its options come with it
     python train.py --out_dir=out --resume --sample_only        text from a trained model
+    python train.py --each CLAIMS < RUNS                        many short runs in one process: see run_each, and sweep.sh
 
 The block below is the configuration; each line is an option, --key=value. `python train.py --help` lists them.
 """
@@ -23,6 +24,7 @@ import os
 import pickle
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -165,8 +167,9 @@ def check(config):
         fail("sample_only needs --resume, and the --out_dir of a trained model")
     if config.resume and not config.out_dir:
         fail("resume needs the --out_dir of the run")
-    if config.device == "cuda" and int(os.environ.get("LOCAL_RANK", 0)) >= torch.cuda.device_count():
-        fail(f"device=cuda needs a GPU for each process, but PyTorch sees {torch.cuda.device_count()} here; try --device=cpu")
+    gpus = torch.cuda.device_count()
+    if config.device != "cpu" and (gpus or config.device == "cuda") and int(os.environ.get("LOCAL_RANK", 0)) >= gpus:
+        fail(f"device={config.device} needs a GPU for each process, but PyTorch sees {gpus} here; use fewer processes, or --device=cpu")
 
 
 def load_run(given):
@@ -345,12 +348,12 @@ def open_device(config):
     if not on_gpu and hasattr(libc, "mallopt"):     # glibc: keep freed memory, which costs up to a quarter of a step to get back
         libc.mallopt(-1, 2 ** 31 - 1)               # M_TRIM_THRESHOLD
         libc.mallopt(-4, 0)                         # M_MMAP_MAX
-    if not on_gpu and config.dtype == "bfloat16" and config.seq_len <= 256:
-        # On short bf16 sequences PyTorch's fused attention for the CPU takes 3 times as long as its plain one, mostly backward.
-        # The plain one rounds scores to bf16, too. Despite their names, these switches count on the CPU; compile caches do not
-        # see them, so empty the cache after an edit here.
-        torch.backends.cuda.enable_flash_sdp(False)
-        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+    # On short bf16 sequences PyTorch's fused attention for the CPU takes 3 times as long as its plain one, mostly backward. The
+    # plain one rounds scores to bf16, too. Despite their names, these switches count on the CPU; compile caches do not see them,
+    # so empty the cache after an edit here.
+    plain_attention = not on_gpu and config.dtype == "bfloat16" and config.seq_len <= 256
+    torch.backends.cuda.enable_flash_sdp(not plain_attention)
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(plain_attention)
     return device, torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
 
 
@@ -444,16 +447,18 @@ def bench(config, device, autocast, repeats=30):
     say(f"ratio: {times['normalized'].sum() / times['plain'].sum():.3f} (normalized over plain step time)")
 
 
-def main():
+def main(argv):
+    """The run that the options in argv describe. Returns its exit code: 0, or 3 if it diverged."""
     started = time.perf_counter()
-    given = parse_args(sys.argv[1:])
+    given = parse_args(argv)
     saved, checkpoint = load_run(given)
     config = Config(**{**saved, **given})
     check(config)
 
     device, autocast = open_device(config)
     if config.bench:
-        return bench(config, device, autocast)
+        bench(config, device, autocast)
+        return 0
     try:
         train, val, meta = (None, None, checkpoint["data"]) if config.sample_only else load_data(config)
         if checkpoint and meta["train"] != checkpoint["data"]["train"]:
@@ -478,7 +483,8 @@ def main():
         if steps.sum():
             fail(f"the processes found different checkpoints: {config.out_dir} must be one folder that every node sees")
     if config.sample_only:
-        return print_sample(model, config, meta["tokenizer"], autocast)
+        print_sample(model, config, meta["tokenizer"], autocast)
+        return 0
     forward, normalize_weights = maybe_compile(model, config)
     ddp = DDP(forward, gradient_as_bucket_view=True, broadcast_buffers=False) if world_size > 1 else forward
 
@@ -610,11 +616,33 @@ def main():
     if world_size > 1:
         dist.barrier()      # a rank that left with an exit code would take the first down before it is done
         dist.destroy_process_group()
-    sys.exit(3 if status == "diverged" else 0)
+    return 3 if status == "diverged" else 0
+
+
+def run_each(claims):
+    """
+    One run for each line of options on standard input, all in this process: what is imported and compiled once need not be
+    again. Several processes may be given the same lines: the first to create the file claims/NUMBER has line NUMBER. Prints
+    "ended NUMBER CODE" after each, CODE being the exit code, or the sentence with which a line was refused.
+    """
+    torch._dynamo.config.cache_size_limit = 64      # compiled versions of a function: two a shape of model
+    for number, line in enumerate(sys.stdin, 1):
+        try:
+            open(Path(claims) / str(number), "x").close()
+        except FileExistsError:
+            continue
+        try:
+            code = main(shlex.split(line))
+        except SystemExit as end:
+            code = end.code
+        print(f"ended {number} {code}", flush=True)
 
 
 if __name__ == "__main__":
     try:
-        main()
+        if sys.argv[1:2] == ["--each"] and len(sys.argv) == 3:
+            run_each(sys.argv[2])
+        else:
+            sys.exit(main(sys.argv[1:]))
     except OSError as error:    # no such folder, no permission, disk full
         fail(error)
