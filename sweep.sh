@@ -138,7 +138,7 @@ fi
         done
         wait
         for n in $(seq "$(wc -l < "$list")"); do    # those whose process ended before they did
-            grep -qx "$n" "$list.done" || failed "$(sed -n "${n}p" "$list")" "no result. $(tr '\r' '\n' < "$list.errors" | tail -n 1)"
+            grep -qx "$n" "$list.done" || failed "$(sed -n "${n}p" "$list")" "its process ended. $(tr '\r' '\n' < "$list.errors" | grep -v step/s | tail -n 1)"
         done
     done
     if [ -e "$RESULTS" ]; then
