@@ -168,7 +168,9 @@ def main():
         parser.add_argument(f"--{key}", type=int, default=default, help=f"default {default}")
     args = vars(parser.parse_args())
     if len(sys.argv) == 1:
-        print("\n".join((TABLE.strip("\n"), NOTES.rstrip(), PLAIN_TABLE.rstrip())))
+        own = [f"\n{name}: {start}, but {', '.join(f'{row} {cell}' for row, cell in changes.items())}"
+               for name, (start, changes) in OWN.items()]
+        print("\n".join((TABLE.strip("\n"), NOTES.rstrip(), PLAIN_TABLE.rstrip(), *own)))
         return
     try:
         columns = {name: parametrize(name, **args) for name in COLUMNS}

@@ -407,6 +407,10 @@ def test_parametrize_prints_the_table_and_one_models_numbers(capsys, monkeypatch
         parametrize_py.main()
         text = capsys.readouterr().out
         assert all(word in text for word in words)
+    monkeypatch.setattr(sys, "argv", ["parametrize.py"])
+    monkeypatch.setitem(parametrize_py.OWN, "mine", ("nugpt", dict(lr_hidden="m_w^-0.85")))
+    parametrize_py.main()
+    assert "mine: nugpt, but lr_hidden m_w^-0.85" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- train.py: the loop
