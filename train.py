@@ -607,7 +607,7 @@ def main(argv):
     bits_per_byte = val_loss / math.log(2) * meta["val"]["tokens"] / meta["val"]["bytes"]
     end = dict(step=step, val_loss=f"{val_loss:.4f}", bits_per_byte=f"{bits_per_byte:.4f}", train_loss=f"{train_loss:.4f}",
                tokens=step * tokens_per_step, parameters=model.num_params(), status=status,
-               seconds=f"{time.perf_counter() - started:.1f}")
+               seconds=f"{time.perf_counter() - started:.2f}")
     if config.results and rank == 0:
         append_result(config.results, {**asdict(config), **end, "val_loss": f"{val_loss:.6f}", **mean_rescalers()})
     if status == "finished" and config.sample_tokens and rank == 0:
