@@ -15,6 +15,7 @@ import functools
 import math
 import os
 import re
+import statistics
 import sys
 from fractions import Fraction
 
@@ -119,12 +120,12 @@ def value(cell, **symbols):
 
 
 def parametrize(name, width, depth, steps, base_width=1024, base_depth=10, base_steps=10_000,
-                embedding_lr_mult=1.0, unembedding_lr_mult=None):
+                embedding_lr_mult=1.0, hidden_lr_mult=1.0, unembedding_lr_mult=None, rescalers_lr_mult=1.0):
     """
     Column `name` for one model. Returns
         initial:   {"alpha_init": …, "alpha_scale": …, …}, keywords of model.GPTConfig;
         lr_scale:  {"embedding": …, "hidden": …, "unembedding": …, "rescalers": …}, what to multiply η by.
-    embedding_lr_mult multiplies the embedding's rate; unembedding_lr_mult takes the place of the row "× at the base".
+    The *_lr_mult multiply the rates of one tensor class each; unembedding_lr_mult takes the place of the row "× at the base".
     Raises ValueError for an unknown column or a size below 1.
     """
     sizes = dict(width=width, depth=depth, steps=steps, base_width=base_width, base_depth=base_depth, base_steps=base_steps)
@@ -136,9 +137,9 @@ def parametrize(name, width, depth, steps, base_width=1024, base_depth=10, base_
     symbols = dict(m_w=width / base_width, m_d=depth / base_depth, m_t=steps / base_steps, d=width, c=base_width ** -0.5)
     numbers = {row: value(cell, **symbols) for row, cell in COLUMNS[name].items()}
     tuned = numbers.pop("× at the base") if unembedding_lr_mult is None else unembedding_lr_mult
-    lr_scale = {tensors: numbers["lr"] * numbers["lr_" + tensors] for tensors in TENSOR_CLASSES if "lr_" + tensors in numbers}
-    lr_scale["embedding"] *= embedding_lr_mult
-    lr_scale["unembedding"] *= tuned
+    mults = dict(embedding=embedding_lr_mult, hidden=hidden_lr_mult, unembedding=tuned, rescalers=rescalers_lr_mult)
+    lr_scale = {tensors: numbers["lr"] * numbers["lr_" + tensors] * mult for tensors, mult in mults.items()
+                if "lr_" + tensors in numbers}
     return {row: number for row, number in numbers.items() if row.endswith(("_init", "_scale", "_std"))}, lr_scale
 
 
@@ -188,8 +189,9 @@ def main():
 
 # ---------------------------------------------------------------- the verdict: does the learning rate transfer?
 
-NUMBERS = {**dict.fromkeys(("width", "depth", "steps", "base_width", "base_depth", "base_steps", "seed", "parameters"), int),
-           **dict.fromkeys(("embedding_lr_mult", "unembedding_lr_mult", "learning_rate", "val_loss"), float)}
+SIZES = ["width", "depth", "steps", "base_width", "base_depth", "base_steps"]
+MULTS = [f"{tensors}_lr_mult" for tensors in TENSOR_CLASSES]
+NUMBERS = {**dict.fromkeys((*SIZES, "seed", "parameters"), int), **dict.fromkeys((*MULTS, "learning_rate", "val_loss"), float)}
 RUN = [key for key in NUMBERS if key not in ("parameters", "val_loss")]
 MAY_DIFFER = {      # between the runs of one sweep
     "parametrization", "width", "depth", "steps", "learning_rate", "seed", "micro_batch_size", "out_dir", "results",
@@ -197,14 +199,24 @@ MAY_DIFFER = {      # between the runs of one sweep
     "device", "compile", "bench"}
 
 
+def log2(number):
+    """Rounded, so that equal learning rates are equal whatever the way they were computed. Raises ValueError for 0."""
+    return round(math.log2(number), 4)
+
+
+def one_class_at_a_time(runs):
+    """Whether the runs have one η and vary the multipliers of tensor classes instead."""
+    return len({float(run["learning_rate"]) for run in runs}) == 1 and any(len({run[key] for run in runs}) > 1 for key in MULTS)
+
+
 def read_run(options, keys, where):
-    """{option: text} with numbers as numbers, log2(η) as "x" and inf as a diverged run's val_loss. Raises ValueError."""
-    run = {"status": "", **options}
+    """{option: text} with numbers as numbers and inf as a diverged run's val_loss. Raises ValueError."""
+    run = {"status": "", **dict.fromkeys(MULTS, 1), "unembedding_lr_mult": -1, **options}     # train.py's defaults
     for key in keys:
         try:
             run[key] = NUMBERS[key](run[key])
             if key == "learning_rate":
-                run["x"] = round(math.log2(run[key]), 4)
+                log2(run[key])
         except (KeyError, TypeError, ValueError, OverflowError):
             raise ValueError(f"{where}: {key} must be a possible number, not {run.get(key)!r}") from None
     if run["status"] == "diverged" or math.isnan(run.get("val_loss", 0)):
@@ -219,13 +231,15 @@ def read_results(path):
             rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"cannot read {path}: {error}") from None
-    for key in ("parametrization", "step", "status", *NUMBERS):
+    for key in ("parametrization", "step", "status", "learning_rate", "val_loss"):
         if not rows or key not in rows[0]:
             raise ValueError(f"{path} is no results file of train.py: it has no {f'column {key}' if rows else 'rows'}")
+    runs = [read_run(row, NUMBERS, f"{path}, line {i}") for i, row in enumerate(rows, 2)]
+    may_differ = MAY_DIFFER.union(MULTS if one_class_at_a_time(runs) else ())
     for key in list(rows[0])[:list(rows[0]).index("step")]:     # the configuration; what comes then is the outcome
-        if key not in MAY_DIFFER and len(values := {str(row[key]) for row in rows}) > 1:
+        if key not in may_differ and len(values := {str(row[key]) for row in rows}) > 1:
             raise ValueError(f"{path} mixes runs with {key} = {' and '.join(sorted(values))}; give each its own file")
-    return [read_run(row, NUMBERS, f"{path}, line {i}") for i, row in enumerate(rows, 2)]
+    return runs
 
 
 cached = functools.cache(parametrize)
@@ -237,17 +251,18 @@ def as_column(run, name):
     equal. So at the base all columns share their runs. And over steps, at the base width and depth, they differ in the power
     of m_t alone, which only multiplies η: one set of runs shows what happens with it and, η shifted, what happens without.
     """
-    sizes = [run[key] for key in RUN if key.endswith(("width", "depth", "steps"))]
-    mult = run["unembedding_lr_mult"]
-    initial, scale = cached(name, *sizes, run["embedding_lr_mult"], None if mult == -1 else mult)
-    model = initial | {tensors: rate / scale["hidden"] for tensors, rate in scale.items()}
-    return (*sizes, *(f"{key} {number:.6g}" for key, number in model.items())), math.log2(scale["hidden"])
+    sizes = [run[key] for key in SIZES]
+    mults = {key: None if key == "unembedding_lr_mult" and run[key] == -1 else run[key] for key in MULTS}
+    initial, scale = cached(name, *sizes, **mults)
+    total = sum(scale.values()) or 1
+    model = initial | {tensors: rate / total for tensors, rate in scale.items()}
+    return (*sizes, *(f"{key} {number:.6g}" for key, number in model.items())), math.log2(total)
 
 
 def identity(run):
     """Equal for runs that are the same, whatever their columns."""
     model, shift = as_column(run, run["parametrization"])
-    return model, run["seed"], round(run["x"] + shift, 4)
+    return model, run["seed"], round(log2(run["learning_rate"]) + shift, 4)
 
 
 def curve(runs):
@@ -338,9 +353,20 @@ def curves_of(name, sizes):
         for run in here:
             (model, its_shift), (wanted, shift) = as_column(run, run["parametrization"]), as_column(run, name)
             if model == wanted and (abs(its_shift - shift) < 1e-6 or not own):
-                runs[round(run["x"] + its_shift - shift, 4), run["seed"]] = run["val_loss"]
+                runs[round(log2(run["learning_rate"]) + its_shift - shift, 4), run["seed"]] = run["val_loss"]
         if runs:
-            curves[size] = dict(curve(runs), run=here[0], own=own)
+            curves[size] = dict(curve(runs), run={**here[0], "parametrization": name}, own=own)
+    return curves
+
+
+def curves_of_class(key, sizes, center):
+    """{size: curve} over the multiplier `key` of one tensor class, from the runs whose other multipliers are at their center."""
+    curves = {}
+    for size, here in sizes.items():
+        runs = {(log2(run[key]), run["seed"]): run["val_loss"] for run in here
+                if all(run[other] == center[other] for other in MULTS if other != key)}
+        if runs:
+            curves[size] = dict(curve(runs), run={**here[0], **center}, own=True)
     return curves
 
 
@@ -348,7 +374,8 @@ def judge(rows, axis=None, control="ngpt"):
     """
     The verdict on runs of read_results: (axis, {column: {"curves": {size: curve}, "drift", "difference", "regret", …}}).
     Columns are those of the runs, and also the control and nugpt where runs of other names are theirs at several sizes.
-    Raises ValueError if the sizes do not lie on one axis.
+    Where runs vary the multipliers of tensor classes one at a time, a class takes the place of a column, its multiplier η's.
+    Raises ValueError if the sizes do not lie on one axis, or for multipliers of several columns, or of 0.
     """
     varying = [key for key in ("width", "depth", "steps") if len({run[key] for run in rows}) > 1]
     axis = axis or ("parameters" if len(varying) > 1 else (varying or ["width"])[0])
@@ -359,9 +386,15 @@ def judge(rows, axis=None, control="ngpt"):
         if differing := [key for key in varying if len({run[key] for run in here}) > 1]:
             raise ValueError(f"runs with {axis} = {size} differ in {' and '.join(differing)}; give each its own file")
     named = {run["parametrization"] for run in rows}
-    for name in [name for name in COLUMNS if name in {*named, control, "nugpt"}]:
-        curves = curves_of(name, sizes)
-        if len(curves) < 2 and name not in named:
+    names = {name: "learning_rate" for name in COLUMNS if name in {*named, control, "nugpt"}}
+    if one_class_at_a_time(rows):
+        names = {tensors: key for tensors, key in zip(TENSOR_CLASSES, MULTS) if len({run[key] for run in rows}) > 1}
+        center = {key: statistics.mode(run[key] for run in rows) for key in MULTS}
+        if len(named) > 1 or not all(run[key] > 0 for run in rows for key in names.values()):
+            raise ValueError("a sweep of one tensor class at a time must be of one column, its multipliers positive numbers")
+    for name, key in names.items():
+        curves = curves_of(name, sizes) if key == "learning_rate" else curves_of_class(key, sizes, center)
+        if len(curves) < 2 and name not in named and key == "learning_rate":
             continue
         optima, freedom = fit(curves)
         for size, one in curves.items():
@@ -375,14 +408,16 @@ def judge(rows, axis=None, control="ngpt"):
             one["bound"] = nearest != first["eta"]
         best = [one["x"][one["best"]] for one in curves.values()]
         narrow = any(one["add"] or not one["half"] for one in curves.values())
-        rates = [parametrize(name, *(curves[size]["run"][key] for key in RUN[:6]))[1] for size in (min(curves), max(curves))]
+        rates = [parametrize(run["parametrization"], *map(run.get, SIZES))[1]
+                 for run in (curves[size]["run"] for size in (min(curves), max(curves)))]
         doublings = math.log2(max(curves) / min(curves)) or math.nan
         verdicts[name] = dict(
-            curves=curves, optima=optima, freedom=freedom, drift=drift(optima, freedom),
+            key=key, curves=curves, optima=optima, freedom=freedom, drift=drift(optima, freedom),
             regret=max(larger, key=lambda one: one.get("regret", 0), default={}),
             # Lingle's criterion (arXiv:2404.05728), but grids that η was shifted onto need not have equal points
             same="?" if narrow or not larger else "Yes" if max(best) - min(best) < np.diff(first["x"]).min() / 2 else "No",
-            powers={key: math.log2(rates[1][key] / rates[0][key]) / doublings for key in rates[0]})
+            powers={tensors: math.log2(rates[1][tensors] / rates[0][tensors]) / doublings for tensors in rates[0]
+                    if key in ("learning_rate", f"{tensors}_lr_mult")})
     theirs = verdicts.get(control, {"optima": {}})
     for verdict in verdicts.values():
         mine, others = verdict["optima"], theirs["optima"]
@@ -402,16 +437,18 @@ def report(axis, verdicts, control="ngpt"):
         return f"{'> ' * one['bound']}{one['regret']:.4f}".replace("inf", "diverges") if "regret" in one else "-"
 
     def grid(one):
-        eta = " ".join(f"2^{x:.5g}" for x in sorted({x for x, _ in one["add"]}))
-        return f"add {eta}" if eta else "wide enough" if one["half"] == 2 else "diverges near the best"
+        new = " ".join(f"2^{x:.5g}" for x in sorted({x for x, _ in one["add"]}))
+        return f"add {new}" if new else "wide enough" if one["half"] == 2 else "diverges near the best"
 
     def table(*rows):
         widths = [max(map(len, column)) for column in zip(*rows)]
         return "".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) + "\n" for row in rows)
 
+    eta = "η*" if all(one["key"] == "learning_rate" for one in verdicts.values()) else "×*"
+    what = "η*" if eta == "η*" else "the best multiplier ×* of one class's η, others kept"
     one_seed = " One seed: intervals leave out how optima scatter from seed to seed, and are too short."
     return "\n".join((
-        table(("column", axis, "seeds", "log2 η*", "η*", "best loss", "regret", "grid of η"),
+        table(("column", axis, "seeds", f"log2 {eta}", eta, "best loss", "regret", "grid"),
               *((name, f"{size:,}", str(len(one["complete"])), f"{one['eta']:.2f}", f"{2 ** one['eta']:.5f}",
                  f"{one['mean'][one['best']]:.4f}", regret(one), grid(one))
                 for name, verdict in verdicts.items() for size, one in verdict["curves"].items())),
@@ -422,7 +459,8 @@ def report(axis, verdicts, control="ngpt"):
               *((name, *(f"{verdict['powers'][key]:+.2f} → {verdict['powers'][key] + verdict['drift'][0]:+.2f}"
                          if key in verdict["powers"] else "-" for key in TENSOR_CLASSES))
                 for name, verdict in verdicts.items() if verdict["drift"])),
-        f"drift: of log2 η*, a doubling of {axis}. regret: loss at the smallest size's η*, less the best. power: in the table",
+        f"drift: of log2 {what}, a doubling of {axis}.",
+        f"regret: loss at the smallest size's {eta}, less the best. power: in the table",
         "→ what would have left no drift." + one_seed * any(one["drift"] and one["drift"][2] == 1 for one in verdicts.values())))
 
 
@@ -459,7 +497,7 @@ def draw(axis, verdicts, path):
         slope, half, seeds = verdict["drift"] or (math.nan, math.nan, 0)
         interval = f"± {half:.2f} octaves a doubling" if seeds > 1 else "octaves a doubling, one seed"
         panel.set_title(name + f"\ndrift {slope:+.2f} {interval}" * bool(seeds), fontsize=10)
-        panel.set_xlabel("learning rate η, ★ the best")
+        panel.set_xlabel("learning rate η, ★ the best" if verdict["key"] == "learning_rate" else "multiplier of its η, ★ the best")
         panel.xaxis.set_major_locator(matplotlib.ticker.MultipleLocator(1))
         panel.xaxis.set_major_formatter(lambda x, _: f"$2^{{{x:g}}}$")
         panel.tick_params(labelbottom=True)
@@ -479,18 +517,19 @@ def missing(rows, verdicts, wanted):
     and when all of these are done, those that grids too narrow lack. Raises ValueError if the rows are of another sweep.
     """
     done, todo, options, run = {identity(run) for run in rows}, {}, {}, {}
-    for line in wanted:
-        options = dict(word.removeprefix("--").partition("=")[::2] for word in line.split())
-        run = read_run(options, RUN, f"the run {line.strip()!r}")
-        for key in options.keys() - MAY_DIFFER:
+    lines = [(line.strip(), dict(word.removeprefix("--").partition("=")[::2] for word in line.split())) for line in wanted]
+    runs = [read_run(options, RUN, f"the run {line!r}") for line, options in lines]
+    may_differ = MAY_DIFFER.union(MULTS if one_class_at_a_time(rows + runs) else ())
+    for (line, options), run in zip(lines, runs):
+        for key in options.keys() - may_differ:
             if rows and run[key] != rows[0].get(key, run[key]):
                 raise ValueError(f"the results are of {key}={rows[0][key]}, not {key}={run[key]}; give each its own file")
-        todo.setdefault(identity(run), line.strip())
+        todo.setdefault(identity(run), line)
     if todo.keys() <= done:
-        add = [(name, one["run"], *point) for name, verdict in verdicts.items() for one in verdict["curves"].values()
+        add = [(verdict["key"], one["run"], *point) for verdict in verdicts.values() for one in verdict["curves"].values()
                for point in one["add"] if one["own"]]
-        for name, like, x, seed in add:     # as the last line, with these changes
-            new = {**like, "parametrization": name, "learning_rate": 2 ** x, "seed": seed, "x": x}
+        for key, like, x, seed in add:     # as the last line, with these changes
+            new = {**like, key: 2 ** x, "seed": seed}
             changes = {key: new[key] for key in ("parametrization", *RUN) if new[key] != run.get(key)}
             todo.setdefault(identity(new), " ".join(f"--{key}={value}" for key, value in {**options, **changes}.items()))
     return [line for run, line in todo.items() if run not in done]

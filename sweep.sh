@@ -6,6 +6,7 @@
 #   ./sweep.sh depth          width 4, depth 3.5, steps 2.5, joint 1.5; one process a core shares them out
 #   ./sweep.sh steps
 #   ./sweep.sh joint        width, depth and steps together
+#   ./sweep.sh classes      width, where one η stays and the rate of one tensor class at a time is swept: what does each need?
 #   DRY=1 ./sweep.sh width  print the runs still to do as commands, one a line, for Slurm or GNU parallel
 #
 # All that is written ${NAME:-…} below can be set: RULES="ngpt mine" SEEDS="3 4 5" RESULTS=mine.csv ./sweep.sh width
@@ -35,13 +36,21 @@ case $axis in       # sizes are width:depth:steps
     steps)  sizes="$W:$D:$T $W:$D:$((2*T)) $W:$D:$((4*T)) $W:$D:$((8*T)) $W:$D:$((16*T))"   rules="nugpt"   seeds="0 1 2" ;;
     # Steps in proportion to the parameters of the blocks, which is width² · depth.
     joint)  sizes="$W:2:$((T/2)) $((3*W/2)):3:$((27*T/16)) $((2*W)):4:$((4*T))"     rules="ngpt nugpt"      seeds="0 1 2" ;;
+    classes) sizes="$W:$D:$T $((4*W)):$D:$T"                                rules="nugpt"                   seeds="0 1 2" ;;
     *)      sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p;}' "$0" >&2; exit 2 ;;
 esac
 SIZES=${SIZES:-$sizes}
 RULES=${RULES:-$rules}                                  # columns of the table in parametrize.py
 SEEDS=${SEEDS:-$seeds}                                  # the same for every η and column, so that runs are paired
-GRID=${GRID:--7.5 -7 -6.5 -6 -5.5 -5 -4.5}              # log2 η
+if [ "$axis" = classes ]; then
+    ETA=${ETA:--5.5}                                    # log2 η, the best at the base
+    CLASSES=${CLASSES:-embedding hidden unembedding rescalers}
+    GRID=${GRID:--2 -1 0 1 2}                           # log2 of what multiplies it for one of the classes
+else
+    GRID=${GRID:--7.5 -7 -6.5 -6 -5.5 -5 -4.5}          # log2 η
+fi
 ROUNDS=${ROUNDS:-3}                                     # how often the grid may be extended
+UNEMBEDDING_LR_MULT=${UNEMBEDDING_LR_MULT:-0.5}         # the same for all columns
 CONTROL=${CONTROL:-ngpt}                                # the column that the others are compared to
 DATA=${DATA:-data/stdlib}
 RESULTS=${RESULTS:-assets/$axis.csv}
@@ -50,7 +59,7 @@ PYTHON=${PYTHON:-python}
 
 IFS=: read -r base_width base_depth base_steps <<< "${SIZES%% *}"
 fixed="--base_width=$base_width --base_depth=$base_depth --base_steps=$base_steps --head_dim=$HEAD_DIM --seq_len=$SEQ_LEN
- --batch_size=$BATCH_SIZE --micro_batch_size=0 --embedding_lr_mult=1 --unembedding_lr_mult=${UNEMBEDDING_LR_MULT:-0.5}
+ --batch_size=$BATCH_SIZE --micro_batch_size=0 --unembedding_lr_mult=$UNEMBEDDING_LR_MULT
  --data=$DATA --eval_tokens=${EVAL_TOKENS:-262144} --eval_every=1000000 --out_dir= --sample_tokens=0 ${TRAIN_OPTIONS:-}"
 fixed=$(echo $fixed)
 
@@ -61,15 +70,28 @@ set -m      # each worker leads a process group, so that stopping it stops its t
 trap 'exec 2>/dev/null; for pid in $pids; do kill -- "-$pid" || true; done; wait; rm -rf "$tmp"' EXIT
 trap 'echo "stopped; the same command continues" >&2; exit 130' INT TERM
 
+power() { awk "BEGIN {printf \"%.17g\", ${2:-1} * 2 ^ ($1)}"; }
+
+rates() {   # $1: a point of the grid, as options of train.py
+    if [ "$axis" = classes ]; then
+        for class in $CLASSES; do
+            if [ "$class" = unembedding ]; then center=$UNEMBEDDING_LR_MULT; else center=1; fi
+            echo "--learning_rate=$(power "$ETA") --${class}_lr_mult=$(power "$1" "$center")"
+        done
+    else
+        echo "--learning_rate=$(power "$1")"
+    fi
+}
+
 wanted() {  # every run of the grid, as options of train.py. Seeds are the outer loop: an interrupted sweep has whole seeds.
     for seed in $SEEDS; do
         for x in $GRID; do
-            eta=$(awk "BEGIN {printf \"%.17g\", 2 ^ ($x)}")
-            for size in $SIZES; do
-                for rule in $RULES; do
-                    IFS=: read -r width depth steps <<< "$size"
-                    echo "$fixed --parametrization=$rule --width=$width --depth=$depth --steps=$steps" \
-                         "--learning_rate=$eta --seed=$seed"
+            rates "$x" | while read -r rate; do
+                for size in $SIZES; do
+                    for rule in $RULES; do
+                        IFS=: read -r width depth steps <<< "$size"
+                        echo "$fixed --parametrization=$rule --width=$width --depth=$depth --steps=$steps $rate --seed=$seed"
+                    done
                 done
             done
         done

@@ -7,6 +7,7 @@ is as wrong at width 32 as at 4096. Sections are those of νGPT (arXiv:2604.2707
 import csv
 import gzip
 import hashlib
+import itertools
 import json
 import math
 import multiprocessing
@@ -981,6 +982,47 @@ def test_joint_axis_and_bad_axes():
         judge(rows + [{**rows[0], "depth": 9}], axis="width")
 
 
+def class_sweep(drifts, grid=(-2, -1, 0, 1, 2), sizes=(48, 192), seeds=range(3)):
+    """Rows at one η: {tensor class: drift of its best multiplier, in octaves a doubling of the width}; runs at the center once."""
+    center, rows = dict(embedding_lr_mult=1.0, hidden_lr_mult=1.0, unembedding_lr_mult=0.5, rescalers_lr_mult=1.0), {}
+    for width in sizes:
+        best = {f"{name}_lr_mult": drift * math.log2(width / sizes[0]) for name, drift in drifts.items()}
+        for key, seed, x in itertools.product(best, seeds, grid):
+            mults = {**center, key: center[key] * 2.0 ** x}
+            off = {other: math.log2(mults[other] / center[other]) - best[other] for other in best}
+            loss = 2 + 0.1 * seed + 0.03 * sum(distance ** 2 for distance in off.values())
+            row = {**CONFIG, "parametrization": "nugpt", "width": width, "seed": seed, "val_loss": loss, **mults}
+            rows[width, seed, *mults.values()] = row
+    return list(rows.values())
+
+
+def test_one_tensor_class_at_a_time(tmp_path):
+    rows = class_sweep(dict(embedding=0.2, unembedding=-0.25))
+    assert len(rows) == 2 * 3 * 9
+    _, verdicts = judge(rows)
+    assert list(verdicts) == ["embedding", "unembedding"] and verdicts["embedding"]["difference"] is None
+    for name, power, drift, center in (("embedding", -0.5, 0.2, 0), ("unembedding", -0.75, -0.25, -1)):
+        assert verdicts[name]["drift"][:2] == pytest.approx((drift, 0), abs=1e-6)
+        assert verdicts[name]["powers"] == pytest.approx({name: power})
+        assert [one["eta"] for one in verdicts[name]["curves"].values()] == pytest.approx([center, center + 2 * drift])
+    text = parametrize_py.report("width", verdicts)
+    assert "-0.75 → -1.00" in text and "-0.50 → -0.30" in text and "×*" in text and "η*  " not in text
+    with pytest.raises(ValueError, match="must be of one column"):
+        judge(rows + [{**rows[0], "parametrization": "ngpt"}])
+    # what is missing: half of the grid, then, as the best lie near its edges, one more multiplier on either side
+    rows = class_sweep(dict(hidden=-0.6), grid=(-2, -1, 0, 1))
+    assert "add 2^-3" in command(write(tmp_path / "a.csv", rows)).stdout
+    keys = ("parametrization", *parametrize_py.RUN, "batch_size")
+    lines = ["".join(f"--{key}={row[key]} " for key in keys).strip() for row in rows]
+    half = [row for row in rows if row["hidden_lr_mult"] >= 1]
+    assert command(write(tmp_path / "b.csv", half), "--missing", stdin="\n".join(lines)).stdout.splitlines() == [
+        line for line, row in zip(lines, rows) if row not in half]
+    more = command(tmp_path / "a.csv", "--missing", stdin="\n".join(lines)).stdout.splitlines()
+    added = [(run["width"], run["hidden_lr_mult"], run["seed"]) for run in
+             (dict(word[2:].split("=") for word in line.split()) for line in more)]
+    assert added == [("48", "4.0", seed) for seed in "012"] + [("192", "0.125", seed) for seed in "012"]
+
+
 def test_command_prints_the_verdict_and_draws(tmp_path):
     pytest.importorskip("matplotlib")
     results = write(tmp_path / "a.csv", sweep(dict(ngpt=-0.5, nugpt=0.0), noise=0.002))
@@ -1000,7 +1042,7 @@ def test_missing_matplotlib_is_said(tmp_path):
 
 
 def line(**options):
-    run = {key: CONFIG[key] for key in ("parametrization", *parametrize_py.RUN, "batch_size")} | options
+    run = {key: CONFIG[key] for key in ("parametrization", *parametrize_py.RUN, "batch_size") if key in CONFIG} | options
     return " ".join(f"--{key}={value}" for key, value in run.items()) + "\n"
 
 

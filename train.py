@@ -40,7 +40,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 from model import GPT, GPTConfig, PlainGPT
-from parametrize import COLUMNS, param_groups, parametrize
+from parametrize import COLUMNS, MULTS, SIZES, param_groups, parametrize
 from prepare_data import get_tokenizer, prepare_stdlib, read_tokens
 
 
@@ -58,7 +58,9 @@ class Config:
     base_depth: int = 10                # (see base_width)
     base_steps: int = 10_000            # (see base_width)
     embedding_lr_mult: float = 1.0      # multiplies the learning rate of the embedding
+    hidden_lr_mult: float = 1.0         # multiplies that of the matrices of the blocks
     unembedding_lr_mult: float = -1.0   # multiplies that of the unembedding; -1: the table's row "× at the base"
+    rescalers_lr_mult: float = 1.0      # multiplies that of the rescalers, such as the eigen learning rates
     # optimization: Adam and a cosine; a normalized Transformer needs no warm-up, weight decay or gradient clipping
     # The default η is 2^-8.5, the best of 2^-10, 2^-9.5, … 2^-7.5 at width 128, depth 4, 400 steps of 64 × 256 bytes under the default base
     # (assets/default_lr.csv). A larger model, longer run or other batch size has not been tried.
@@ -153,7 +155,7 @@ def check(config):
             ("learning_rate eps", lambda v: 0 < v < math.inf, "a positive finite number"),
             ("beta1 beta2", lambda v: 0 <= v < 1, "at least 0 and less than 1"),
             ("min_lr_ratio", lambda v: 0 <= v <= 1, "between 0 and 1"),
-            ("weight_decay embedding_lr_mult", lambda v: 0 <= v < math.inf, "a finite number of at least 0"),
+            ("weight_decay embedding_lr_mult hidden_lr_mult rescalers_lr_mult", lambda v: 0 <= v < math.inf, "a finite number of at least 0"),
             ("unembedding_lr_mult", lambda v: v == -1 or 0 <= v < math.inf, "a finite number of at least 0, or -1"),
             ("parametrization", COLUMNS.__contains__, f"one of {', '.join(COLUMNS)}"),
             ("device", ("auto", "cuda", "cpu").__contains__, "auto, cuda or cpu"),
@@ -359,9 +361,8 @@ def open_device(config):
 
 def build(config, device):
     """(model, optimizer) in config's parametrization. Raises ValueError for impossible sizes."""
-    mult = None if config.unembedding_lr_mult == -1 else config.unembedding_lr_mult
-    initial, lr_scale = parametrize(config.parametrization, config.width, config.depth, config.steps, config.base_width,
-                                    config.base_depth, config.base_steps, config.embedding_lr_mult, mult)
+    mults = {key: None if (mult := getattr(config, key)) == -1 else mult for key in MULTS}
+    initial, lr_scale = parametrize(config.parametrization, *(getattr(config, key) for key in SIZES), **mults)
     model_config = GPTConfig(config.width, config.depth, config.head_dim, config.vocab_size, config.seq_len, **initial)
     torch.manual_seed(config.seed)
     with device:
