@@ -538,6 +538,81 @@ def test_batches_are_a_function_of_seed_and_step_and_an_epoch_has_every_window_o
     assert orders[0] != orders[1] != orders[2] != orders[0] and starts(0) != starts(0, seed=1)
 
 
+# ---------------------------------------------------------------- train.py: alignment exponents
+
+def test_alignment_exponent_of_known_cases():
+    """1/2 where weight and input are independent, 1 where the weight has rank one along the input, between them by d_in."""
+    torch.manual_seed(0)
+    d, x, u = 1024, torch.randn(50, 1024), torch.randn(300)
+    assert train.alignment_exponent(torch.randn(300, d), x) == pytest.approx(0.5, abs=0.01)
+    assert train.alignment_exponent(torch.outer(u, x[0]), x[:1]) == pytest.approx(1, abs=1e-5)
+    block = torch.outer(u, x[0]) * (torch.arange(d) < 256)          # rank one along a quarter of the input
+    alpha = 1 + math.log((x[0, :256].square().sum() / x[0].square().sum()).sqrt(), d)
+    assert train.alignment_exponent(block, x[:1]) == pytest.approx(alpha, abs=1e-5)
+    assert train.alignment_exponent(3 * block, 5 * x[:1]) == pytest.approx(alpha, abs=1e-5)
+    x[1] = 0                                                        # a token that has not moved does not count
+    assert train.alignment_exponent(torch.outer(u, x[0]), x[:2]) == pytest.approx(1, abs=1e-5)
+    assert math.isnan(train.alignment_exponent(torch.zeros(300, d), x))
+
+
+def test_alignment_takes_each_map_with_its_own_input():
+    """Against the same quantities from the parts of the model, for every map."""
+    initial, model, (tokens, targets) = off_center(), off_center(), batch()
+    for p, other in zip(model.parameters(), off_center(seed=1).parameters()):
+        p.data += 0.3 * other.data
+    rows, loss = train.alignment(model, initial, tokens, targets)
+    assert loss == pytest.approx(model(tokens, targets)[1].item())
+
+    def maps(model):
+        h = model.embedding[tokens]
+        for layer, block in enumerate(model.blocks):
+            d, m = model.config.width, model.config.mlp_width
+            attended = block.attention(h, model.rope)
+            mixed = torch.linalg.lstsq(block.attn_out, attended.flatten(0, 1).T).solution.T.view_as(h)  # W_O is square
+            for i, name in enumerate(("W_q", "W_k", "W_v")):
+                yield layer, name, block.qkv[i * d:(i + 1) * d], h
+            yield layer, "W_O", block.attn_out, mixed
+            h = norm(h + block.attn_alpha().abs() * (norm(attended) - h))
+            u, nu = h @ block.mlp_in[:m].T, h @ block.mlp_in[m:].T
+            yield layer, "W_u", block.mlp_in[:m], h
+            yield layer, "W_nu", block.mlp_in[m:], h
+            gated = torch.nn.functional.silu(nu * block.s_v() * math.sqrt(d)) * u * block.s_u()
+            yield layer, "W_oMLP", block.mlp_out, gated
+            h = norm(h + block.mlp_alpha().abs() * (norm(gated @ block.mlp_out.T) - h))
+        yield len(model.blocks), "E_out", model.unembedding, h
+
+    rms = lambda x: x.square().mean(-1).sqrt()                                                      # noqa: E731
+    with torch.no_grad():
+        for row, (layer, name, W, x), (_, _, W_0, x_0) in zip(rows, maps(model), maps(initial)):
+            assert (row["layer"], row["map"], row["d_in"]) == (layer, name, x.size(-1))
+            dW, dx = W - W_0, x - x_0
+            for key, a, b in (("alpha", dW, x_0), ("omega", W_0, dx), ("nu", dW, dx)):
+                log_ratio = (rms(b @ a.T) / (a.square().mean().sqrt() * rms(b))).log().mean()
+                assert row[key] == pytest.approx(log_ratio.item() / math.log(x.size(-1)), abs=1e-4), (key, name)
+            expected = dict(rms_dW=rms(dW.flatten()), rms_dx=rms(dx).mean(), rms_y=rms(x @ W.T).mean(),
+                            rms_dy=rms(x @ W.T - x_0 @ W_0.T).mean())
+            assert {key: row[key] for key in expected} == pytest.approx({key: v.item() for key, v in expected.items()}, rel=1e-3)
+        z, z_0 = model(tokens)[0], initial(tokens)[0]
+        assert len(rows) == 2 * 7 + 2 and rows[-1]["map"] == "logits"
+        assert [rows[-1][key] for key in ("rms_y", "rms_dy")] == pytest.approx([rms(z).mean().item(), rms(z - z_0).mean().item()])
+
+
+def test_measuring_alignment_changes_no_loss_and_survives_a_kill(data, tmp_path):
+    for name, changes in (("without", {}), ("with", dict(alignment_every=3))):
+        assert run(*options(data, tmp_path / name, **changes)) == 0
+    assert log(tmp_path / "with") == log(tmp_path / "without") and not (tmp_path / "without/alignment.csv").exists()
+    rows = train.read_csv(tmp_path / "with/alignment.csv")
+    assert [int(row["step"]) for row in rows[::16]] == [0, 1, 2, 3, 6, 8] and len(rows) == 6 * 16
+    assert {row["width"] for row in rows} == {"32"} and float(rows[-1]["loss"]) < float(rows[0]["loss"])
+    kill = ("import os, sys, train; starts = train.batch_starts\n"
+            "train.batch_starts = lambda seed, step, *a: os.kill(os.getpid(), 9) if step == 7 else starts(seed, step, *a)\n"
+            "train.main(sys.argv[1:])")
+    assert process("-c", kill, *options(data, tmp_path / "killed", alignment_every=3)).returncode == -9
+    assert "alignment_every=3 (now 2)" in run(f"--out_dir={tmp_path / 'killed'}", "--resume", "--alignment_every=2")
+    assert run(f"--out_dir={tmp_path / 'killed'}", "--resume") == 0
+    assert train.read_csv(tmp_path / "killed/alignment.csv") == rows
+
+
 # ---------------------------------------------------------------- train.py: options, refusals, results
 
 def test_options_take_a_sign_or_a_space_and_booleans_may_stand_bare():
@@ -564,7 +639,8 @@ REFUSALS = {        # option: what the sentence says
     "--learning_rate=-0.1": "positive finite", "--embedding_lr_mult=-1": "at least 0", "--beta2=1": "less than 1",
     "--min_lr_ratio=2": "1", "--seed=99999999999999999999": "below 2^63", "--results=runs": ".csv", "--parametrization=sp": "ngpt, mup, depth_mup, nugpt_full, nugpt_none, nugpt",
     "--dtype=float16": "float32", "--device=tpu": "auto, cuda", "--vocab_size=255": "at least 256",
-    "--seq_len=4000": "more than seq_len", "--data=nowhere": "prepare_data.py", "--sample_only": "--resume"}
+    "--seq_len=4000": "more than seq_len", "--data=nowhere": "prepare_data.py", "--sample_only": "--resume",
+    "--alignment_every=-1": "at least 0"}
 
 
 @pytest.mark.parametrize("option", REFUSALS)

@@ -12,6 +12,7 @@ Train a normalized Transformer: one process, one node or several.
 The block below is the configuration; each line is an option, --key=value. `python train.py --help` lists them.
 """
 import argparse
+import copy
 import csv
 import ctypes
 import difflib
@@ -36,7 +37,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from model import GPT, GPTConfig, PlainGPT
@@ -88,6 +91,7 @@ class Config:
     eval_every: int = 500               # steps between evaluations; there is one after the last step, too
     eval_tokens: int = 2 ** 20          # evaluate on about this many tokens, always the same, spread over val.bin
     checkpoint_every: int = 1000        # steps between checkpoints; there is one after the last step, too
+    alignment_every: int = 0            # steps between measurements of the alignment exponents, before that at 1, 2, 4, …; 0: none
     # machine
     device: str = "auto"                # cuda, cpu, or auto: cuda where there is one
     dtype: str = "auto"                 # of matrix products: float32, bfloat16, or auto: bfloat16 where the device multiplies it
@@ -99,8 +103,11 @@ class Config:
 FREE_ON_RESUME = ["data", "out_dir", "results", "resume", "sample_only", "prompt", "sample_tokens", "log_every", "eval_every",
                   "checkpoint_every", "micro_batch_size", "device", "compile", "bench"]      # data: the same tokens elsewhere
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}     # dense bf16
+ALIGNMENT_TOKENS = 2048     # of val.bin, on which the alignment exponents are measured
 LOG_COLUMNS = ["step", "tokens", "learning_rate", "train_loss", "val_loss", "seconds", "tokens_per_second",
                "attn_alpha", "mlp_alpha", "s_z", "status"]
+ALIGNMENT_COLUMNS = ["parametrization", "width", "depth", "steps", "seed", "step", "loss", "layer", "map", "d_in",
+                     "alpha", "omega", "nu", "rms_dW", "rms_dx", "rms_y", "rms_dy"]
 
 rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
@@ -149,7 +156,7 @@ def check(config):
     for keys, allowed, words in (
             ("steps batch_size log_every eval_every eval_tokens checkpoint_every base_width base_depth base_steps",
              lambda v: v >= 1, "at least 1"),
-            ("micro_batch_size vocab_size sample_tokens warmup_steps", lambda v: v >= 0, "at least 0"),
+            ("micro_batch_size vocab_size sample_tokens warmup_steps alignment_every", lambda v: v >= 0, "at least 0"),
             ("seed", lambda v: 0 <= v < 2 ** 63, "at least 0 and below 2^63"),
             ("results", lambda v: not v or v.endswith(".csv") and not Path(v).is_dir(), "the name of a .csv file"),
             ("learning_rate eps", lambda v: 0 < v < math.inf, "a positive finite number"),
@@ -169,6 +176,8 @@ def check(config):
         fail("sample_only needs --resume, and the --out_dir of a trained model")
     if config.resume and not config.out_dir:
         fail("resume needs the --out_dir of the run")
+    if config.alignment_every and not config.out_dir:
+        fail("alignment_every needs an --out_dir, where alignment.csv goes")
     gpus = torch.cuda.device_count()
     if config.device != "cpu" and (gpus or config.device == "cuda") and int(os.environ.get("LOCAL_RANK", 0)) >= gpus:
         fail(f"device={config.device} needs a GPU for each process, but PyTorch sees {gpus} here; use fewer processes, or --device=cpu")
@@ -308,6 +317,69 @@ def versions():
     describe = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
     commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
     return dict(commit=commit, python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
+
+
+# ---------------------------------------------------------------- alignment exponents
+
+class LinearInputs(TorchFunctionMode):
+    """Within it, the list `inputs` gets the input of each linear map that is called, in order."""
+    def __init__(self):
+        super().__init__()
+        self.inputs = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is F.linear:
+            self.inputs.append(args[0])
+        return function(*args, **(kwargs or {}))
+
+
+def linear_maps(model):
+    """(layer, {name: weight (out, in)}) of the linear maps that share an input, in the order of the forward pass."""
+    for layer, block in enumerate(model.blocks):
+        yield layer, dict(zip(("W_q", "W_k", "W_v"), block.qkv.chunk(3)))
+        yield layer, dict(W_O=block.attn_out)
+        yield layer, dict(zip(("W_u", "W_nu"), block.mlp_in.chunk(2)))
+        yield layer, dict(W_oMLP=block.mlp_out)
+    yield len(model.blocks), dict(E_out=model.unembedding)
+
+
+def rms(x):
+    """Root mean square over the last dimension."""
+    return x.square().mean(-1).sqrt()
+
+
+def alignment_exponent(weight, x):
+    """
+    log_d [RMS(W x) / (RMS(W) RMS(x))], d the length of x: 1/2 if W and x are independent, 1 if W has rank one along x
+    (arXiv:2407.05872, and Definition 3.1 of νGPT). weight (out, d), x (…, d); the logarithm's mean over the tokens for which
+    there is one: a token that no batch has had has not moved. nan if there is none.
+    """
+    ratio = rms(F.linear(x, weight)) / (rms(weight.flatten()) * rms(x))
+    return (ratio[ratio.isfinite() & (ratio > 0)].log().mean() / math.log(weight.size(1))).item()
+
+
+@torch.no_grad()
+def alignment(model, initial, tokens, targets):
+    """
+    (rows, loss on these tokens). A row is {layer, map, d_in, …} for each linear map y = W x of the model: with ΔW and Δx the
+    changes of its weight and of its input since the initial model, the exponents α of ΔW x₀, ω of W₀ Δx and ν of ΔW Δx, and the
+    RMS of ΔW, Δx, y and Δy. A map's input is the hidden state h for W_q and E_out; logits are E_out's output times s_z. In fp32.
+    """
+    def forward(model):
+        with LinearInputs() as seen:
+            logits, loss = model(tokens, targets)
+        return seen.inputs, logits, loss.item()
+
+    (inputs, logits, loss), (inputs_0, logits_0, _) = forward(model), forward(initial)
+    rows = []
+    for (layer, weights), (_, weights_0), x, x_0 in zip(linear_maps(model), linear_maps(initial), inputs, inputs_0, strict=True):
+        for (name, W), W_0 in zip(weights.items(), weights_0.values()):
+            dW, dx, y, y_0 = W - W_0, x - x_0, F.linear(x, W), F.linear(x_0, W_0)
+            rows.append(dict(layer=layer, map=name, d_in=W.size(1), alpha=alignment_exponent(dW, x_0),
+                             omega=alignment_exponent(W_0, dx), nu=alignment_exponent(dW, dx), rms_dW=rms(dW.flatten()).item(),
+                             rms_dx=rms(dx).mean().item(), rms_y=rms(y).mean().item(), rms_dy=rms(y - y_0).mean().item()))
+    rows.append(dict(layer=layer, map="logits", rms_y=rms(logits).mean().item(), rms_dy=rms(logits - logits_0).mean().item()))
+    return rows, loss
 
 
 # ---------------------------------------------------------------- the run
@@ -473,8 +545,11 @@ def main(argv):
             raise ValueError(f"the table in parametrize.py is no longer the one that {config.out_dir}/ckpt.pt was trained with")
     except ValueError as error:
         fail(error)
+    initial = copy.deepcopy(model) if config.alignment_every else None
     step, seconds, train_loss, val_loss = 0, 0.0, math.nan, math.nan
     if checkpoint:
+        if initial:
+            initial.load_state_dict(checkpoint["initial"])
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         step, seconds, train_loss, val_loss = (checkpoint[key] for key in ("step", "seconds", "train_loss", "val_loss"))
@@ -509,12 +584,24 @@ def main(argv):
         record = dict(config=asdict(config), peak_learning_rates=rates, model=asdict(model.config), parameters=model.num_params(),
                       processes=world_size, device=device_name, data=meta, **versions())
         write_aside(out_dir / "config.json", lambda path: Path(path).write_text(json.dumps(record, indent=1) + "\n"))
-        write_csv(out_dir / "log.csv", LOG_COLUMNS, [row for row in read_csv(out_dir / "log.csv") if int(row["step"]) <= step])
+        for name, columns in (("log.csv", LOG_COLUMNS), ("alignment.csv", ALIGNMENT_COLUMNS))[:2 if initial else 1]:
+            write_csv(out_dir / name, columns, [row for row in read_csv(out_dir / name) if int(row["step"]) <= step])
+
+    def append(name, columns, rows):
+        if out_dir:
+            with open(out_dir / name, "a", newline="") as file:
+                csv.DictWriter(file, columns).writerows(rows)
 
     def log(**row):
+        append("log.csv", LOG_COLUMNS, [row])
+
+    def measure_alignment():
         if out_dir:
-            with open(out_dir / "log.csv", "a", newline="") as file:
-                csv.DictWriter(file, LOG_COLUMNS).writerow(row)
+            tokens, targets = sequences(val, val_starts[:max(1, ALIGNMENT_TOKENS // config.seq_len)], config.seq_len, device)
+            rows, loss = alignment(model, initial, tokens, targets)
+            run = {key: getattr(config, key) for key in ("parametrization", "width", "depth", "steps", "seed")}
+            append("alignment.csv", ALIGNMENT_COLUMNS, [{**run, "step": step, "loss": f"{loss:.6f}", **{
+                key: f"{cell:.5g}" if isinstance(cell, float) else cell for key, cell in row.items()}} for row in rows])
 
     def evaluate():
         """Mean loss over the sequences at val_starts, in nats a token; each rank takes its share."""
@@ -542,12 +629,16 @@ def main(argv):
         if out_dir:
             state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step, seconds=seconds,
                          train_loss=train_loss, val_loss=val_loss, config=asdict(config), model_config=asdict(model.config), data=meta)
+            if initial:
+                state["initial"] = initial.state_dict()
             write_aside(out_dir / "ckpt.pt", lambda path: torch.save(state, path))
 
     # The loop
     status, rate = "finished", math.nan
     bar = tqdm(total=config.steps, initial=step, unit="step", disable=rank != 0, dynamic_ncols=True,
                mininterval=0.5 if sys.stderr.isatty() else 10)
+    if initial and step == 0:
+        measure_alignment()
     clock, clock_step = time.perf_counter(), None       # the training clock; it begins after the first step
     while step < config.steps:
         learning_rate = config.learning_rate * schedule(step, config)
@@ -572,7 +663,8 @@ def main(argv):
         first, last = clock_step is None, step == config.steps
         evaluating, saving = step % config.eval_every == 0 or last, step % config.checkpoint_every == 0 or last
         logging = evaluating or step % config.log_every == 0
-        if not (first or saving or logging):
+        measuring = initial and (step % config.alignment_every == 0 or last or step < config.alignment_every and step & (step - 1) == 0)
+        if not (first or saving or logging or measuring):
             continue
         if world_size > 1:
             dist.all_reduce(loss)
@@ -600,6 +692,8 @@ def main(argv):
             break
         if logging:
             log(**row, status=status if last else "")
+        if measuring:
+            measure_alignment()
         if saving:
             save_checkpoint()
         clock, clock_step = time.perf_counter(), step       # neither evaluation nor checkpoints count as training time
