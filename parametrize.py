@@ -224,13 +224,18 @@ def read_run(options, keys, where):
     return run
 
 
-def read_results(path):
-    """The runs in a results file of train.py. Raises ValueError if it is none, or if its runs are not of one sweep."""
+def read_rows(path):
+    """The rows of a .csv file as dictionaries of text. Raises ValueError if it cannot be read."""
     try:
         with open(path, newline="") as file:
-            rows = list(csv.DictReader(file))
+            return list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"cannot read {path}: {error}") from None
+
+
+def read_results(path):
+    """The runs in a results file of train.py. Raises ValueError if it is none, or if its runs are not of one sweep."""
+    rows = read_rows(path)
     for key in ("parametrization", "step", "status", "learning_rate", "val_loss"):
         if not rows or key not in rows[0]:
             raise ValueError(f"{path} is no results file of train.py: it has no {f'column {key}' if rows else 'rows'}")
@@ -428,6 +433,12 @@ def judge(rows, axis=None, control="ngpt"):
     return axis, verdicts
 
 
+def table(*rows):
+    """Rows of text as aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) + "\n" for row in rows)
+
+
 def report(axis, verdicts, control="ngpt"):
     """The verdict as text."""
     def interval(pair):
@@ -439,10 +450,6 @@ def report(axis, verdicts, control="ngpt"):
     def grid(one):
         new = " ".join(f"2^{x:.5g}" for x in sorted({x for x, _ in one["add"]}))
         return f"add {new}" if new else "wide enough" if one["half"] == 2 else "diverges near the best"
-
-    def table(*rows):
-        widths = [max(map(len, column)) for column in zip(*rows)]
-        return "".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) + "\n" for row in rows)
 
     eta = "η*" if all(one["key"] == "learning_rate" for one in verdicts.values()) else "×*"
     what = "η*" if eta == "η*" else "the best multiplier ×* of one class's η, others kept"
@@ -464,21 +471,32 @@ def report(axis, verdicts, control="ngpt"):
         "→ what would have left no drift." + one_seed * any(one["drift"] and one["drift"][2] == 1 for one in verdicts.values())))
 
 
-def draw(axis, verdicts, path):
-    """
-    The picture of the verdict: a panel a column, a curve a size, thin ones for the seeds, a star at each η*, a dotted line
-    at the smallest size's. Raises ValueError without matplotlib, or if it cannot write such a file.
-    """
+def plotting():
+    """(matplotlib, a function that makes a figure of a width and height in inches). Raises ValueError without matplotlib."""
     try:
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError("the picture needs matplotlib: pip install matplotlib") from None
+    return matplotlib, lambda width, height: Figure(figsize=(width, height), dpi=150, layout="constrained")
+
+
+def save(figure, path):
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    figure.savefig(path)
+
+
+def draw(axis, verdicts, path):
+    """
+    The picture of the verdict: a panel a column, a curve a size, thin ones for the seeds, a star at each η*, a dotted line
+    at the smallest size's. Raises ValueError without matplotlib, or if it cannot write such a file.
+    """
+    matplotlib, figure_of = plotting()
     sizes = sorted({size for verdict in verdicts.values() for size in verdict["curves"]})
     colors = dict(zip(sizes, matplotlib.colormaps["plasma"](np.linspace(0, 0.85, len(sizes)))))
     down = 1 + (len(verdicts) > 3)
     across = math.ceil(len(verdicts) / down)
-    figure = Figure(figsize=(max(5, 3.3 * across), 3.9 * down), dpi=150, layout="constrained")
+    figure = figure_of(max(5, 3.3 * across), 3.9 * down)
     panels = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False).ravel()
     for panel in panels[len(verdicts):]:
         panel.remove()
@@ -507,8 +525,7 @@ def draw(axis, verdicts, path):
         panels[0].set_ylim(near.min() - 0.05 * np.ptp(near) - 1e-3, near.max() + 0.05 * np.ptp(near) + 1e-3)
     panels[0].set_ylabel("validation loss, nats a token")
     max(panels, key=lambda panel: len(panel.get_legend_handles_labels()[1])).legend(title=axis, fontsize=8, title_fontsize=8)
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    figure.savefig(path)
+    save(figure, path)
 
 
 def missing(rows, verdicts, wanted):
@@ -535,6 +552,170 @@ def missing(rows, verdicts, wanted):
     return [line for run, line in todo.items() if run not in done]
 
 
+# ---------------------------------------------------------------- alignment exponents, as train.py --alignment_every measures them
+
+EXPONENTS = dict(alpha="α", omega="ω", nu="ν")
+CLASSES = dict(hidden="W_", unembedding="E_out")        # what the names of their maps begin with
+
+
+def read_alignment(rows, path):
+    """
+    The measurements of one or several alignment.csv of train.py, put one behind the other, as
+    {(column, width, seed): {step: {"loss": …, "W_q": [a row a layer], …}}}, with the steps that all of them have. Raises
+    ValueError for a cell that is no number, or if step 0 and another are not among them.
+    """
+    runs = {}
+    for i, row in enumerate(rows, 2):
+        if row["step"] == "step":       # the next file's head
+            continue
+        try:
+            run, step = (row["parametrization"], int(row["width"]), int(row["seed"])), int(row["step"])
+            numbers = {key: float(row[key] or "nan") for key in ("layer", "d_in", *EXPONENTS, "rms_dW", "rms_dx", "rms_dy")}
+            at = runs.setdefault(run, {}).setdefault(step, dict(loss=float(row["loss"])))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}, line {i} is not as train.py --alignment_every writes it ({error})") from None
+        at.setdefault(row["map"], []).append(numbers)
+    steps = sorted(set.intersection(*map(set, runs.values())))
+    if len(steps) < 2 or steps[0] != 0:
+        raise ValueError(f"{path}: its runs must have step 0 and a later one in common, but have only {steps}")
+    return {name: {step: run[step] for step in steps} for name, run in runs.items()}
+
+
+def log_ratio(at, tensors, key, layer=None):
+    """Mean of log [RMS(W x) / (RMS(W) RMS(x))] over the maps of a tensor class and layers (or of one), and of log d_in."""
+    rows = [row for name in at if name.startswith(CLASSES[tensors]) for row in at[name] if layer in (None, row["layer"])]
+    logs = np.log([row["d_in"] for row in rows])
+    return np.array([np.mean([row[key] for row in rows] * logs), logs.mean()])
+
+
+def loss_weighted(run, quantity):
+    """Mean of quantity(measurement) over training, each measurement weighted by the loss's decrease since the one before."""
+    steps = sorted(run)
+    weights = [run[a]["loss"] - run[b]["loss"] for a, b in zip(steps, steps[1:])]
+    return sum(weight * quantity(run[step]) for weight, step in zip(weights, steps[1:])) / sum(weights)
+
+
+def estimate(values):
+    """Mean over seeds with half its 95 % interval, as text."""
+    half = f" ± {student(len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)):.2f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.2f}{half}"
+
+
+def slopes(runs, name, quantity):
+    """Slope of a log_ratio over log width, a seed each, for seeds that all widths have."""
+    widths = sorted({width for column, width, _ in runs if column == name})
+    seeds = sorted(set.intersection(*({s for column, w, s in runs if (column, w) == (name, width)} for width in widths)))
+    return [np.polyfit(np.log(widths), [quantity(runs[name, width, seed])[0] for width in widths], 1)[0] for seed in seeds]
+
+
+def report_alignment(runs):
+    """The exponents as text: loss-weighted, of single widths, and as slopes over the widths, which no constant biases."""
+    cells = [(tensors, key) for tensors in CLASSES for key in EXPONENTS]
+    head = [f"{tensors} {EXPONENTS[key]}" for tensors, key in cells]
+    names, lines, sloped = list(dict.fromkeys(name for name, _, _ in runs)), [], []
+    for name in names:
+        for width in sorted({width for column, width, _ in runs if column == name}):
+            its = [run for (column, w, _), run in runs.items() if (column, w) == (name, width)]
+            ratios = ([loss_weighted(run, lambda at: log_ratio(at, *cell)) for run in its] for cell in cells)
+            lines.append((name, str(width), str(len(its)), *(estimate([a / b for a, b in ratio]) for ratio in ratios)))
+        first = next(run for (column, _, _), run in runs.items() if column == name)
+        steps = [step for step in sorted(first) if step]
+        shown = sorted({min(steps, key=lambda step: abs(math.log(step / near))) for near in np.geomspace(1, steps[-1], 6)})
+        for when in (*shown, "all, loss-weighted"):
+            pick = (lambda run, f: loss_weighted(run, f)) if isinstance(when, str) else (lambda run, f: f(run[when]))
+            sloped.append((name, str(when), *(estimate(slopes(runs, name, lambda run: pick(run, lambda at: log_ratio(at, *cell))))
+                                              for cell in cells)))
+    return "\n".join((
+        table(("column", "width", "seeds", *head), *lines),
+        table(("slope over widths", "after step", *head), *sloped),
+        "1/2: not aligned, 1: fully. α: of weight changes with the initial inputs, ω: of input changes with the initial weights, ν: of",
+        "both changes. Above: means over training, weighted by the loss's decrease. Below: slope of log RMS(W x) / (RMS(W) RMS(x))."))
+
+
+def draw_alignment(runs, path):
+    """Four panels: exponents of the widest model over training, against the loss's decrease and by layer; slopes over widths."""
+    _, figure_of = plotting()
+    figure = figure_of(14, 3.8)
+    panels = figure.subplots(1, 4, sharey=True)
+    name = next(iter(runs))[0]
+    widest = max(width for _, width, _ in runs)
+    its = [run for (_, width, _), run in runs.items() if width == widest]
+    steps = [step for step in sorted(its[0]) if step]
+    decrease = [np.mean([run[0]["loss"] - run[step]["loss"] for run in its]) for step in steps]
+    layers = [row["layer"] for row in its[0][steps[-1]]["W_q"]]
+    for key, color in zip(EXPONENTS, ("C3", "C0", "C2")):
+        for tensors, style in zip(CLASSES, ("o-", "o--")):
+            label = f"{EXPONENTS[key]}, {tensors}"
+            mean = [np.mean([np.divide(*log_ratio(run[step], tensors, key)) for run in its]) for step in steps]
+            for panel, x in zip(panels, (steps, decrease)):
+                panel.plot(x, mean, style, color=color, ms=3, mfc="white" if tensors == "unembedding" else color, label=label)
+            over = [slopes(runs, name, lambda run: log_ratio(run[step], tensors, key)) for step in steps]
+            panels[3].plot(steps, np.mean(over, axis=1), style, color=color, ms=3, mfc="white" if tensors == "unembedding" else color)
+            panels[3].fill_between(steps, np.min(over, axis=1), np.max(over, axis=1), color=color, alpha=0.15, lw=0)
+        by_layer = [np.mean([np.divide(*loss_weighted(run, lambda at: log_ratio(at, "hidden", key, layer))) for run in its])
+                    for layer in layers]
+        panels[2].plot([layer + 1 for layer in layers], by_layer, "o-", color=color, ms=3)
+    for panel, label, title in zip(panels, ("step", "loss, decrease so far (nats)", "layer", "step"),
+                                   (f"{name}, width {widest}", "", "hidden, loss-weighted", "slope over widths (band: seeds)")):
+        panel.set_xlabel(label)
+        panel.set_title(title, fontsize=10)
+        for value in (0.5, 0.75, 1):
+            panel.axhline(value, color="gray", lw=0.8, ls=":")
+    panels[0].set_xscale("log")
+    panels[3].set_xscale("log")
+    panels[2].set_xticks([layer + 1 for layer in layers])
+    panels[0].set_ylabel("alignment exponent")
+    panels[0].legend(fontsize=7, ncols=2)
+    save(figure, path)
+
+
+CHANGES = {     # what the coordinate check looks at: f(measurement, width). All should be the same at every width.
+    "weights of blocks, |ΔW| / |W|": lambda at, d: d ** 0.5 * np.mean([row["rms_dW"] for name in at if name[0] == "W" for row in at[name]]),
+    "last hidden state, |Δh|": lambda at, d: d ** 0.5 * at["E_out"][0]["rms_dx"],
+    "logits, RMS of Δz": lambda at, d: at["logits"][0]["rms_dy"]}
+
+
+def coordinates(runs, name, step, change):
+    """(widths, mean over seeds of a change since initialization at each)."""
+    widths = sorted({width for column, width, _ in runs if column == name})
+    return widths, [np.mean([CHANGES[change](run[step], width) for (column, w, _), run in runs.items() if (column, w) == (name, width)])
+                    for width in widths]
+
+
+def coordinate_steps(runs):
+    """The measured steps nearest to 1, 10, 100, …"""
+    steps = [step for step in sorted(next(iter(runs.values()))) if step]
+    return sorted({min(steps, key=lambda step: abs(step - 10 ** i)) for i in range(1 + round(math.log10(steps[-1])))})
+
+
+def report_coordinates(runs):
+    names = dict.fromkeys(name for name, _, _ in runs)
+    return table(("power of width in", "after step", *CHANGES),
+                 *((name, str(step), *(f"{np.polyfit(*map(np.log, coordinates(runs, name, step, change)), 1)[0]:+.2f}" for change in CHANGES))
+                   for name in names for step in coordinate_steps(runs)))
+
+
+def draw_coordinates(runs, path):
+    """The coordinate check: a panel a column of the table and change, a line a step, over the width."""
+    _, figure_of = plotting()
+    names = list(dict.fromkeys(name for name, _, _ in runs))
+    figure = figure_of(2.3 * len(names), 6.5)
+    panels = figure.subplots(len(CHANGES), len(names), sharex=True, sharey="row", squeeze=False)
+    for change, row in zip(CHANGES, panels):
+        for name, panel in zip(names, row):
+            for step in coordinate_steps(runs):
+                widths, values = coordinates(runs, name, step, change)
+                panel.loglog(widths, values, "o-", ms=3, label=f"step {step}")
+            panel.set_xticks(widths, widths)
+            panel.minorticks_off()
+        row[0].set_ylabel(change)
+    for name, top, bottom in zip(names, panels[0], panels[-1]):
+        top.set_title(name, fontsize=10)
+        bottom.set_xlabel("width")
+    panels[0][0].legend(fontsize=7)
+    save(figure, path)
+
+
 def verdict_main():
     parser = argparse.ArgumentParser(usage="python parametrize.py RESULTS.csv [options]", allow_abbrev=False, description=(
         "Judge a sweep made with train.py --results=RESULTS.csv: does the best learning rate stay where it is?"))
@@ -548,6 +729,13 @@ def verdict_main():
     parser.error = lambda message: sys.exit(f"parametrize.py: {message} (see python parametrize.py RESULTS.csv --help)")
     args = parser.parse_args()
     try:
+        if os.path.exists(args.results) and "omega" in next(iter(read_rows(args.results)), ()):
+            runs = read_alignment(read_rows(args.results), args.results)
+            several = len({name for name, _, _ in runs}) > 1
+            print((report_coordinates if several else report_alignment)(runs))
+            if args.plot:
+                (draw_coordinates if several else draw_alignment)(runs, args.plot)
+            return
         rows = [] if args.missing and not os.path.exists(args.results) else read_results(args.results)
         axis, verdicts = judge(rows, args.axis, args.control)
         if args.missing:

@@ -437,6 +437,13 @@ def test_train_takes_adams_steps_at_the_tables_rates_on_a_cosine(data, tmp_path)
         torch.testing.assert_close(checkpoint(tmp_path)["model"][name], p.data, rtol=0, atol=1e-5)
 
 
+def test_frozen_alpha_stays_where_it_starts(data, tmp_path):
+    assert run(*options(data, tmp_path, freeze_alpha=True)) == 0 and run(f"--out_dir={tmp_path}", "--resume") == 0
+    start = small(vocab_size=256, **parametrize("nugpt", 32, 2, 8, 16, 1, 4)[0]).state_dict()
+    same = {name for name, weight in checkpoint(tmp_path)["model"].items() if torch.equal(weight, start[name])}
+    assert same == {f"blocks.{i}.{alpha}.raw" for i in (0, 1) for alpha in ("attn_alpha", "mlp_alpha")}
+
+
 def test_ranks_and_micro_batches_do_not_change_the_losses(data, tmp_path):
     """Real processes, gloo between them. Sums are taken in another order, and log.csv has 6 digits."""
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", HERE / "train.py")
@@ -1106,6 +1113,53 @@ def test_command_prints_the_verdict_and_draws(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "-0.5" in done.stdout and "wide enough" in done.stdout and "Yes" in done.stdout
     assert (tmp_path / "new/a.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def measurements(tmp_path, names=("nugpt",), power=0.8, noise=0.0):
+    """An alignment.csv as of runs whose RMS(W x) / (RMS(W) RMS(x)) is 3 d^power at step 1, 3 d^(power - 0.2) at step 10."""
+    rng, rows = np.random.default_rng(0), []
+    for name, width, seed, step in itertools.product(names, (48, 96, 192), (0, 1), (0, 1, 10)):
+        for layer, map_, d_in in ((0, "W_q", width), (0, "W_oMLP", 2.5 * width), (1, "W_q", width), (2, "E_out", width), (2, "logits", "")):
+            exponent = "" if map_ == "logits" else power - 0.2 * (step == 10) + math.log(3, d_in) + noise * rng.standard_normal()
+            rows.append(dict(parametrization=name, width=width, depth=2, steps=10, seed=seed, step=step, loss={0: 6, 1: 3, 10: 2}[step],
+                             layer=layer, map=map_, d_in=d_in, alpha=exponent, omega=exponent, nu=exponent, rms_dW=width ** -0.75,
+                             rms_dx=width ** -0.5, rms_y=1, rms_dy=width ** 0.5))
+    return write(tmp_path / "alignment.csv", rows)
+
+
+def test_slopes_of_alignment_are_free_of_constants_and_means_are_loss_weighted(tmp_path):
+    path = measurements(tmp_path)
+    runs = parametrize_py.read_alignment(parametrize_py.read_rows(path), path)
+    for step, power in ((1, 0.8), (10, 0.6)):
+        for tensors in ("hidden", "unembedding"):
+            slopes = parametrize_py.slopes(runs, "nugpt", lambda run: parametrize_py.log_ratio(run[step], tensors, "alpha"))
+            assert slopes == pytest.approx([power, power], abs=1e-6)
+    text = command(path).stdout.splitlines()
+    # 3 nats were won by step 1, 1 nat from there to step 10: 0.75 · 0.8 + 0.25 · 0.6
+    assert "all, loss-weighted" in text[8] and text[8].split()[3:] == ["0.75", "±", "0.00"] * 6
+    logs = [math.log(48)] * 2 + [math.log(120)]     # a class's exponent is its mean logarithm over that of d_in
+    assert text[1].split()[3] == f"{0.75 + math.log(3) / np.mean(logs):.2f}"
+
+
+def test_coordinate_check_gives_powers_of_the_width(tmp_path):
+    done = command(measurements(tmp_path, ("ngpt", "nugpt")))
+    assert [line.split() for line in done.stdout.splitlines()[1:5]] == [
+        [name, step, "-0.25", "+0.00", "+0.50"] for name in ("ngpt", "nugpt") for step in ("1", "10")]
+
+
+def test_alignment_is_drawn_and_bad_files_are_refused(tmp_path):
+    pytest.importorskip("matplotlib")
+    for names in (("nugpt",), ("ngpt", "nugpt")):
+        path = measurements(tmp_path, names, noise=0.02)
+        path.write_text(2 * path.read_text())       # files put one behind the other, each with its head
+        done = command(path, f"--plot={tmp_path}/{len(names)}.png")
+        assert done.returncode == 0 and (tmp_path / f"{len(names)}.png").read_bytes()[:4] == b"\x89PNG", done.stderr
+    cut = [line for line in path.read_text().splitlines(True) if ",0,6," in line or not line.startswith("ngpt")]    # step 0 alone
+    (tmp_path / "cut.csv").write_text("".join(cut))
+    assert "must have step 0 and a later one in common, but have only [0]" in command(tmp_path / "cut.csv").stderr
+    path.write_text(path.read_text().replace("W_q,48", "W_q,wide"))
+    done = command(path)
+    assert done.returncode == 1 and "line 2 is not as train.py --alignment_every writes it" in done.stderr
 
 
 def test_missing_matplotlib_is_said(tmp_path):

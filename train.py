@@ -64,6 +64,7 @@ class Config:
     hidden_lr_mult: float = 1.0         # multiplies that of the matrices of the blocks
     unembedding_lr_mult: float = -1.0   # multiplies that of the unembedding; -1: the table's row "× at the base"
     rescalers_lr_mult: float = 1.0      # multiplies that of the rescalers, such as the eigen learning rates
+    freeze_alpha: bool = False          # an ablation: the eigen learning rates α stay where they start
     # optimization: Adam and a cosine; a normalized Transformer needs no warm-up, weight decay or gradient clipping
     # The default η is 2^-8.5, the best of 2^-10, 2^-9.5, … 2^-7.5 at width 128, depth 4, 400 steps of 64 × 256 bytes under the default base
     # (assets/default_lr.csv). A larger model, longer run or other batch size has not been tried.
@@ -439,6 +440,8 @@ def build(config, device):
     torch.manual_seed(config.seed)
     with device:
         model = (PlainGPT if "hidden_std" in initial else GPT)(model_config)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = not (config.freeze_alpha and name.endswith("alpha.raw"))
     groups = param_groups(model, lr_scale)
     for group in groups:
         group["weight_decay"] = 0.0 if group["name"] == "rescalers" else config.weight_decay
