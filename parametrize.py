@@ -192,6 +192,7 @@ def main():
 SIZES = ["width", "depth", "steps", "base_width", "base_depth", "base_steps"]
 MULTS = [f"{tensors}_lr_mult" for tensors in TENSOR_CLASSES]
 NUMBERS = {**dict.fromkeys((*SIZES, "seed", "parameters"), int), **dict.fromkeys((*MULTS, "learning_rate", "val_loss"), float)}
+ALPHAS = ["attn_alpha", "mlp_alpha"]
 RUN = [key for key in NUMBERS if key not in ("parameters", "val_loss")]
 MAY_DIFFER = {      # between the runs of one sweep
     "parametrization", "width", "depth", "steps", "learning_rate", "seed", "micro_batch_size", "out_dir", "results",
@@ -271,9 +272,9 @@ def identity(run):
 
 
 def curve(runs):
-    """{(log2 η, seed): loss} of one column at one size as a curve with its best η, the window around it, and what to add."""
+    """{(log2 η, seed): run} of one column at one size as a curve with its best η, the window around it, and what to add."""
     seeds, x = sorted({seed for _, seed in runs}), np.array(sorted({x for x, _ in runs}))
-    loss = np.array([[runs.get((a, seed), math.nan) for a in x] for seed in seeds])     # nan: not run; inf: diverged
+    loss = np.array([[runs.get((a, seed), {}).get("val_loss", math.nan) for a in x] for seed in seeds])     # nan: not run
     # Seeds differ mostly by a shift. Each is moved to the common level, lest an η that only some have run be misplaced.
     shared = np.isfinite(loss).all(0)
     level = loss[:, shared].mean(1, keepdims=True) if shared.any() else np.zeros((1, 1))
@@ -286,7 +287,9 @@ def curve(runs):
     for edge, outward, beyond in ((x[0], -step, mean[:best][::-1]), (x[-1], step, mean[best + 1:])):
         if not np.isinf(beyond[:2]).any():      # behind a divergence there is nothing to look for
             add += [(round(float(edge) + outward * i, 4), seed) for i in range(1, 3 - len(beyond)) for seed in seeds]
+    alphas = [float(runs[x[best], seed].get(key) or "nan") for seed in seeds if (x[best], seed) in runs for key in ALPHAS]
     return dict(x=x, loss=loss, seeds=seeds, mean=mean, best=best, half=half, window=window, add=add, eta=float(x[best]),
+                alpha=float(np.mean(alphas)),       # mean |α| at the end of the best runs
                 complete=[i for i in range(len(seeds)) if np.isfinite(loss[i, window]).all()])
 
 
@@ -358,7 +361,7 @@ def curves_of(name, sizes):
         for run in here:
             (model, its_shift), (wanted, shift) = as_column(run, run["parametrization"]), as_column(run, name)
             if model == wanted and (abs(its_shift - shift) < 1e-6 or not own):
-                runs[round(log2(run["learning_rate"]) + its_shift - shift, 4), run["seed"]] = run["val_loss"]
+                runs[round(log2(run["learning_rate"]) + its_shift - shift, 4), run["seed"]] = run
         if runs:
             curves[size] = dict(curve(runs), run={**here[0], "parametrization": name}, own=own)
     return curves
@@ -368,7 +371,7 @@ def curves_of_class(key, sizes, center):
     """{size: curve} over the multiplier `key` of one tensor class, from the runs whose other multipliers are at their center."""
     curves = {}
     for size, here in sizes.items():
-        runs = {(log2(run[key]), run["seed"]): run["val_loss"] for run in here
+        runs = {(log2(run[key]), run["seed"]): run for run in here
                 if all(run[other] == center[other] for other in MULTS if other != key)}
         if runs:
             curves[size] = dict(curve(runs), run={**here[0], **center}, own=True)
@@ -455,9 +458,9 @@ def report(axis, verdicts, control="ngpt"):
     what = "η*" if eta == "η*" else "the best multiplier ×* of one class's η, others kept"
     one_seed = " One seed: intervals leave out how optima scatter from seed to seed, and are too short."
     return "\n".join((
-        table(("column", axis, "seeds", f"log2 {eta}", eta, "best loss", "regret", "grid"),
+        table(("column", axis, "seeds", f"log2 {eta}", eta, "best loss", "regret", "|α|", "grid"),
               *((name, f"{size:,}", str(len(one["complete"])), f"{one['eta']:.2f}", f"{2 ** one['eta']:.5f}",
-                 f"{one['mean'][one['best']]:.4f}", regret(one), grid(one))
+                 f"{one['mean'][one['best']]:.4f}", regret(one), f"{one['alpha']:.3f}".replace("nan", "-"), grid(one))
                 for name, verdict in verdicts.items() for size, one in verdict["curves"].items())),
         table(("column", "drift [95 % interval]", f"less {control}'s [95 % interval]", "worst regret", "same best η?"),
               *((name, interval(one["drift"]), interval(one["difference"]), regret(one["regret"]), one["same"])
@@ -467,7 +470,7 @@ def report(axis, verdicts, control="ngpt"):
                          if key in verdict["powers"] else "-" for key in TENSOR_CLASSES))
                 for name, verdict in verdicts.items() if verdict["drift"])),
         f"drift: of log2 {what}, a doubling of {axis}.",
-        f"regret: loss at the smallest size's {eta}, less the best. power: in the table",
+        f"regret: loss at the smallest size's {eta}, less the best. |α|: eigen learning rates, mean at the end. power: in the table",
         "→ what would have left no drift." + one_seed * any(one["drift"] and one["drift"][2] == 1 for one in verdicts.values())))
 
 
