@@ -339,14 +339,15 @@ BY_HAND = dict(
     nugpt=(     1 / 10, 0.3535534 / 5,  0.3535534 / 5, 0.5,    1 / 5,      0.05 / 9, 1 / 32,         2,         1 / 32))
 
 
-@pytest.mark.parametrize("column", NORMALIZED)
+@pytest.mark.parametrize("column", parametrize_py.read_table(parametrize_py.TABLE))
 def test_table_gives_the_numbers_worked_out_by_hand(column):
     embedding, hidden, unembedding, tuned, rescalers, alpha, scale, logit, logit_scale = BY_HAND[column]
     values = dict(alpha_init=alpha, alpha_scale=scale, qk_init=1, qk_scale=scale, mlp_init=1, mlp_scale=1, logit_init=logit,
                   logit_scale=logit_scale)
     for mult in (None, 0.3):
-        rates = dict(embedding=embedding * 2, hidden=hidden, unembedding=unembedding * (mult or tuned), rescalers=rescalers)
-        got = parametrize(column, 4096, 90, 1_250_000, embedding_lr_mult=2, unembedding_lr_mult=mult)
+        rates = dict(embedding=2 * embedding, hidden=3 * hidden, unembedding=unembedding * (mult or tuned), rescalers=5 * rescalers)
+        got = parametrize(column, 4096, 90, 1_250_000, embedding_lr_mult=2, hidden_lr_mult=3, unembedding_lr_mult=mult,
+                          rescalers_lr_mult=5)
         assert got[0] == pytest.approx(values) and got[1] == pytest.approx(rates)
 
 
