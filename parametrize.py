@@ -616,8 +616,8 @@ def report_alignment(runs):
     """The exponents as text: loss-weighted, of single widths, and as slopes over the widths, which no constant biases."""
     cells = [(tensors, key) for tensors in CLASSES for key in EXPONENTS]
     head = [f"{tensors} {EXPONENTS[key]}" for tensors, key in cells]
-    names, lines, sloped = list(dict.fromkeys(name for name, _, _ in runs)), [], []
-    for name in names:
+    lines, sloped = [], []
+    for name in in_order(runs):
         for width in sorted({width for column, width, _ in runs if column == name}):
             its = [run for (column, w, _), run in runs.items() if (column, w) == (name, width)]
             ratios = ([loss_weighted(run, lambda at: log_ratio(at, *cell)) for run in its] for cell in cells)
@@ -687,6 +687,11 @@ def coordinates(runs, name, step, change):
                     for width in widths]
 
 
+def in_order(runs):
+    """The names of the runs' columns, as they stand in the table."""
+    return sorted({name for name, _, _ in runs}, key=[*COLUMNS, *(name for name, _, _ in runs)].index)
+
+
 def coordinate_steps(runs):
     """The measured steps nearest to 1, 10, 100, …"""
     steps = [step for step in sorted(next(iter(runs.values()))) if step]
@@ -694,7 +699,7 @@ def coordinate_steps(runs):
 
 
 def report_coordinates(runs):
-    names = dict.fromkeys(name for name, _, _ in runs)
+    names = in_order(runs)
     return table(("power of width in", "after step", *CHANGES),
                  *((name, str(step), *(f"{np.polyfit(*map(np.log, coordinates(runs, name, step, change)), 1)[0]:+.2f}" for change in CHANGES))
                    for name in names for step in coordinate_steps(runs)))
@@ -703,7 +708,7 @@ def report_coordinates(runs):
 def draw_coordinates(runs, path):
     """The coordinate check: a panel a column of the table and change, a line a step, over the width."""
     _, figure_of = plotting()
-    names = list(dict.fromkeys(name for name, _, _ in runs))
+    names = in_order(runs)
     figure = figure_of(2.3 * len(names), 6.5)
     panels = figure.subplots(len(CHANGES), len(names), sharex=True, sharey="row", squeeze=False)
     for change, row in zip(CHANGES, panels):
