@@ -418,8 +418,9 @@ def test_parametrize_prints_the_table_and_one_models_numbers(capsys, monkeypatch
 # ---------------------------------------------------------------- train.py: the loop
 
 def test_train_takes_adams_steps_at_the_tables_rates_on_a_cosine(data, tmp_path):
-    assert run(*options(data, tmp_path, steps=3, learning_rate=0.03)) == 0
-    rescalers, lr_scale = parametrize("nugpt", 32, 2, 3, 16, 1, 4)
+    mults = dict(embedding_lr_mult=2, hidden_lr_mult=1.5, unembedding_lr_mult=0.7, rescalers_lr_mult=0.6)
+    assert run(*options(data, tmp_path, steps=3, learning_rate=0.03, **mults)) == 0
+    rescalers, lr_scale = parametrize("nugpt", 32, 2, 3, 16, 1, 4, **mults)
     model, m, v = small(vocab_size=256, **rescalers), {}, {}
     tokens = read_tokens(data / "train.bin").astype(np.int64)
     for t in range(3):
@@ -1094,7 +1095,7 @@ def test_one_tensor_class_at_a_time(tmp_path):
     with pytest.raises(ValueError, match="must be of one column"):
         judge(rows + [{**rows[0], "parametrization": "ngpt"}])
     # what is missing: half of the grid, then, as the best lie near its edges, one more multiplier on either side
-    rows = class_sweep(dict(hidden=-0.6), grid=(-2, -1, 0, 1))
+    rows = class_sweep(dict(embedding=-0.4, hidden=-0.6), grid=(-2, -1, 0, 1))
     assert "add 2^-3" in command(write(tmp_path / "a.csv", rows)).stdout
     keys = ("parametrization", *parametrize_py.RUN, "batch_size")
     lines = ["".join(f"--{key}={row[key]} " for key in keys).strip() for row in rows]
@@ -1102,9 +1103,10 @@ def test_one_tensor_class_at_a_time(tmp_path):
     assert command(write(tmp_path / "b.csv", half), "--missing", stdin="\n".join(lines)).stdout.splitlines() == [
         line for line, row in zip(lines, rows) if row not in half]
     more = command(tmp_path / "a.csv", "--missing", stdin="\n".join(lines)).stdout.splitlines()
-    added = [(run["width"], run["hidden_lr_mult"], run["seed"]) for run in
+    added = [(run["width"], run["embedding_lr_mult"], run["hidden_lr_mult"], run["seed"]) for run in
              (dict(word[2:].split("=") for word in line.split()) for line in more)]
-    assert added == [("48", "4.0", seed) for seed in "012"] + [("192", "0.125", seed) for seed in "012"]
+    assert added == [(*point, seed) for point in (("48", "4.0", "1.0"), ("192", "0.125", "1.0"), ("48", "1.0", "4.0"),
+                                                  ("192", "1.0", "0.125")) for seed in "012"]
 
 
 def test_command_prints_the_verdict_and_draws(tmp_path):
@@ -1135,6 +1137,8 @@ def test_slopes_of_alignment_are_free_of_constants_and_means_are_loss_weighted(t
         for tensors in ("hidden", "unembedding"):
             slopes = parametrize_py.slopes(runs, "nugpt", lambda run: parametrize_py.log_ratio(run[step], tensors, "alpha"))
             assert slopes == pytest.approx([power, power], abs=1e-6)
+    at = runs["nugpt", 48, 0][1]        # its layer 1 has W_q alone
+    assert parametrize_py.log_ratio(at, "hidden", "nu", 1) == pytest.approx([0.8 * math.log(48) + math.log(3), math.log(48)])
     text = command(path).stdout.splitlines()
     # 3 nats were won by step 1, 1 nat from there to step 10: 0.75 · 0.8 + 0.25 · 0.6
     assert "all, loss-weighted" in text[8] and text[8].split()[3:] == ["0.75", "±", "0.00"] * 6
@@ -1222,6 +1226,8 @@ def bad_files(tmp_path):
     yield "line 2: seed must be a possible number, not 'x'", write(tmp_path / "word.csv", [{**rows[0], "seed": "x"}])
     yield "must be a possible number, not -1.0", write(tmp_path / "negative.csv", [{**rows[0], "learning_rate": -1}])
     yield "mixes runs with batch_size = 16 and 32", write(tmp_path / "mixed.csv", [*rows, {**rows[0], "batch_size": 32}])
+    yield "mixes runs with hidden_lr_mult = 1 and 2", write(tmp_path / "mult.csv", [
+        {"hidden_lr_mult": 1 + (row["width"] == 96), **row} for row in rows])
     yield "no parametrization 'mine'", write(tmp_path / "mine.csv", [*rows, {**rows[0], "parametrization": "mine"}])
     yield "width must be at least 1", write(tmp_path / "zero.csv", [{**rows[0], "width": 0}])
 

@@ -356,7 +356,7 @@ def alignment_exponent(weight, x):
     there is one: a token that no batch has had has not moved. nan if there is none.
     """
     ratio = rms(F.linear(x, weight)) / (rms(weight.flatten()) * rms(x))
-    return (ratio[ratio.isfinite() & (ratio > 0)].log().mean() / math.log(weight.size(1))).item()
+    return (ratio[ratio.isfinite()].log().mean() / math.log(weight.size(1))).item()
 
 
 @torch.no_grad()
