@@ -4,21 +4,34 @@ Text to token files for train.py.
     python prepare_data.py                              Python's standard library, as bytes, to data/stdlib: no network needed
     python prepare_data.py book.txt --tokenizer=gpt2    your text to data/book: a .txt or .txt.gz file, or a folder of them
     python prepare_data.py texts/ --out=data/mine
+    python prepare_data.py fineweb_edu --tokens=1e9     web pages that teach something, as tokens of GPT-2, downloaded: 2 GB
+    python prepare_data.py shakespeare                  his plays, downloaded: 1.1 MB
 
-Each data folder holds train.bin, val.bin and meta.json (tokenizer, vocabulary, token and byte counts, sha256 of each file).
-A .bin file is llm.c's format: 256 little-endian int32 (magic, version, number of tokens, zeros), then the tokens.
+A data folder holds token files and meta.json: the tokenizer, its vocabulary's size and for "train" and "val" the numbers of
+tokens and bytes. Each of the two is train.bin or val.bin, or the files listed as "shards", read one after the other.
+A token file is in llm.c's format: 256 little-endian int32 (magic, version, number of tokens, zeros), then the tokens.
 """
 import argparse
+import fcntl
 import gzip
 import hashlib
+import io
 import json
+import math
 import os
+import queue
+import shutil
 import sys
 import sysconfig
+import threading
+import time
 import zlib
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import requests
 from tqdm import tqdm
 
 FORMATS = {     # magic: (version, type of a token), as in llm.c's dev/data/data_common.py
@@ -27,7 +40,16 @@ FORMATS = {     # magic: (version, type of a token), as in llm.c's dev/data/data
 }
 HEADER_BYTES = 256 * 4
 VAL_SHARE = 20          # one part in 20 of the text is for validation
-CHUNK = 1 << 20         # characters of text in memory at once, for each core
+WHOLE_FILES = 200       # of so many files or more, each goes to one split as a whole
+CHUNK = 1 << 20         # characters of a piece of text; about three pieces for each core are in memory at once
+
+FINEWEB_EDU = "https://huggingface.co/datasets/karpathy/fineweb-edu-100B-gpt2-token-shards/resolve/main/"
+SHARDS, SHARD_TOKENS = 1001, 100_000_000        # for training; the last one may have fewer tokens
+SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
+SHAKESPEARE_BYTES, SHAKESPEARE_SHA256 = 1_115_394, "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+PATIENCE = 8            # seconds to wait for a server's answer, and then for more of it
+ATTEMPTS = 5            # to download a file
+BACKOFF = 1             # seconds before the second attempt, doubled before each further one
 
 
 class TokenWriter:
@@ -51,13 +73,24 @@ class TokenWriter:
         header[:3] = self.magic, self.version, self.tokens
         self.file.seek(0)
         self.file.write(header.tobytes())
+        self.file.flush()
+        os.fsync(self.file.fileno())        # so that a power cut cannot leave the name without the tokens
         self.file.close()
         os.replace(self.temporary, self.path)
 
 
+def write_json(path, value):
+    """The file at `path` is the old one or the whole new one, never a part."""
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+# ---------------------------------------------------------------- reading
+
 def read_tokens(path):
     """
-    The tokens of a .bin file as a read-only memory map (uint16 or uint32).
+    The tokens of a token file as a read-only memory map (uint16 or uint32).
     Raises ValueError if the file is missing, is no token file, or is shorter or longer than its header says.
     """
     if not os.path.isfile(path):
@@ -74,6 +107,186 @@ def read_tokens(path):
     return np.memmap(path, dtype=dtype, mode="r", offset=HEADER_BYTES, shape=(count,))
 
 
+def check_tokens(path, vocab_size):
+    """
+    Raises ValueError if read_tokens does, or if some token is not below vocab_size. All tokens are read for that, but only once:
+    verified.json, beside the file, remembers its size and time of change (not if the folder cannot be written).
+    """
+    tokens, path, stat = read_tokens(path), Path(path), os.stat(path)
+    memory = path.parent / "verified.json"
+    name, seen = path.name.removesuffix(".part"), [stat.st_size, stat.st_mtime_ns, vocab_size]      # .part: see fetch
+    try:
+        verified = json.loads(memory.read_text())
+    except (OSError, ValueError):       # there is none, or it is damaged; it only saves time
+        verified = {}
+    if verified.get(name) == seen:
+        return
+    if (largest := int(tokens.max(initial=0))) >= vocab_size:
+        raise ValueError(f"{path} has the token {largest:,}, but its vocabulary ends at {vocab_size - 1:,}: make it again")
+    if os.access(path.parent, os.W_OK):
+        write_json(memory, {**verified, name: seen})
+
+
+class Stream:
+    """Arrays of tokens as one: len(stream), and stream[start:stop], which may reach across their ends. Only that is read."""
+    def __init__(self, arrays):
+        self.arrays, self.ends = arrays, np.cumsum([len(array) for array in arrays])
+
+    def __len__(self):
+        return int(self.ends[-1])
+
+    def __getitem__(self, piece):
+        parts, start = [], piece.start
+        while start < piece.stop:
+            i = np.searchsorted(self.ends, start, side="right")
+            begin = self.ends[i] - len(self.arrays[i])
+            parts.append(self.arrays[i][start - begin:piece.stop - begin])
+            start = self.ends[i]
+        return np.concatenate(parts)
+
+
+def read_folder(folder, check=True):
+    """
+    (train tokens, val tokens, meta) of a data folder, the tokens as Streams. Raises ValueError if it is none, or if a file is
+    missing, damaged, or not what meta.json says. Tokens beyond the vocabulary are looked for if `check`: see check_tokens.
+    """
+    meta_path, streams = Path(folder) / "meta.json", []
+    if not meta_path.exists():
+        raise ValueError(f"{folder} is no data folder (it has no meta.json); make one with prepare_data.py")
+    try:
+        meta = json.loads(meta_path.read_text())
+        vocab_size = int(meta["vocab_size"])
+        splits = [dict(meta[split].get("shards") or {f"{split}.bin": meta[split]["tokens"]}) for split in ("train", "val")]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{meta_path} is damaged; make {folder} again with prepare_data.py") from None
+    for files in splits:
+        streams.append(Stream([read_tokens(Path(folder) / name) for name in files]))
+        for (name, expected), tokens in zip(files.items(), streams[-1].arrays):
+            if len(tokens) != expected:
+                raise ValueError(f"{folder}/{name} has {len(tokens):,} tokens, but {meta_path} says {expected:,}")
+            if check:
+                check_tokens(Path(folder) / name, vocab_size)
+    return *streams, meta
+
+
+# ---------------------------------------------------------------- the network
+
+def within(seconds, function, *args, **options):
+    """function(*args, **options), or TimeoutError if that takes longer. In a thread, since the time-outs of sockets count neither
+    the name service nor a server's further addresses, and some libraries set none."""
+    results = queue.SimpleQueue()
+
+    def call():
+        try:
+            results.put((function(*args, **options), None))
+        except Exception as error:      # to be raised below
+            results.put((None, error))
+    threading.Thread(target=call, daemon=True).start()
+    try:
+        result, error = results.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError(f"no answer within {seconds} s") from None
+    if error:
+        raise error
+    return result
+
+
+def receive(url, part, bar):
+    """Append to the file `part` what it lacks of url; all of it if the server sends that. Raises what requests raises."""
+    with open(part, "ab") as file:
+        have = file.tell()
+        headers = {"Range": f"bytes={have}-", "Accept-Encoding": "identity"}        # else the bytes may be those of a .gz
+        with requests.get(url, headers=headers, stream=True, timeout=PATIENCE) as answer:
+            if answer.status_code == 416:       # there are no more bytes
+                return
+            if answer.status_code not in (200, 206):
+                raise requests.HTTPError(f"the server says {answer.status_code} {answer.reason}")
+            if answer.status_code == 200:       # from the first byte on
+                bar.update(-have)
+                have = file.seek(file.truncate(0))
+            for block in answer.iter_content(1 << 16):
+                file.write(block)
+                bar.update(len(block))
+            if file.tell() - have < int(answer.headers.get("Content-Length", 0)):      # urllib3 1 does not notice
+                raise requests.ConnectionError("the connection was cut")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def download(url, path, check, bar):
+    """The file at url, as `path` once check(path.part) raises no ValueError. Raises ValueError if that fails ATTEMPTS times."""
+    part = Path(f"{path}.part")
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            receive(url, part, bar)
+            check(part)
+            return os.replace(part, path)
+        except requests.RequestException as error:
+            trouble = f"{type(error).__name__}: {error}"
+        except ValueError as error:     # an error page, say
+            trouble = error
+            bar.update(-part.stat().st_size)
+            part.unlink()
+        if attempt < ATTEMPTS:
+            bar.write(f"{url}: {trouble}; trying again")
+            time.sleep(BACKOFF * 2 ** (attempt - 1))
+    raise ValueError(f"{url} could not be downloaded ({trouble}); the same command continues")
+
+
+def fetch(base, files, out, check):
+    """
+    Download files, {name: bytes}, from base to the folder out, unless they are there and check(path) does not raise ValueError.
+    What has come of a file is in NAME.part, where the next run goes on. Raises ValueError if a file cannot be had.
+    """
+    def is_missing(name):
+        try:
+            check(out / name)
+        except ValueError:
+            return True
+
+    out.mkdir(parents=True, exist_ok=True)
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)      # two processes would write to the same .part
+        missing = [name for name in files if is_missing(name)]
+        if not missing:
+            return
+        total, parts = sum(files[name] for name in missing), [Path(f"{out / name}.part") for name in missing]
+        have = sum(part.stat().st_size for part in parts if part.exists())
+        if total - have > (free := shutil.disk_usage(out).free):
+            raise ValueError(f"{total - have:,} bytes are to be downloaded to {out}, which has room for {free:,}")
+        try:
+            within(PATIENCE, requests.head, base + missing[0], timeout=PATIENCE)
+        except (requests.RequestException, TimeoutError) as error:
+            raise ValueError(f"{base} does not answer ({type(error).__name__}); without a network, use "
+                             "`python prepare_data.py`, which makes data of Python's standard library") from None
+        with bytes_bar(total, out, initial=have) as bar:
+            for name in missing:
+                download(base + name, out / name, check, bar)
+    except BlockingIOError:
+        raise ValueError(f"another process is downloading to {out}") from None
+    finally:
+        os.close(folder)
+
+
+def bytes_bar(total, out, **options):
+    return tqdm(total=total, desc=str(out), unit="B", unit_scale=True, dynamic_ncols=True,
+                mininterval=0.5 if sys.stderr.isatty() else 10, **options)
+
+
+# ---------------------------------------------------------------- tokenizers
+
+def get_encoding(name):
+    """An encoding of tiktoken. Raises ValueError within PATIENCE seconds if its vocabulary is neither cached nor to be had."""
+    import tiktoken
+    try:
+        return within(PATIENCE, tiktoken.get_encoding, name)
+    except (OSError, ValueError) as error:      # OSError: also what requests raises, and TimeoutError
+        raise ValueError(f"tiktoken could not load the vocabulary of {name!r} ({type(error).__name__}): where there is a network "
+                         f"run `TIKTOKEN_CACHE_DIR=vocab python -c \"import tiktoken; tiktoken.get_encoding('{name}')\"`, copy "
+                         "vocab here and set TIKTOKEN_CACHE_DIR to it, or use --tokenizer=byte") from None
+
+
 def get_tokenizer(name):
     """
     (encode: list of str -> list of token lists, decode: tokens -> str, vocabulary size, end-of-text token or None) of
@@ -82,17 +295,21 @@ def get_tokenizer(name):
     if name == "byte":
         return (lambda texts: [np.frombuffer(text.encode(errors="replace"), np.uint8) for text in texts],
                 lambda tokens: bytes(tokens).decode(errors="replace"), 256, None)
-    import requests
     import tiktoken
     if name not in tiktoken.list_encoding_names():
         raise ValueError(f"there is no tokenizer {name!r}; choose byte or one of {', '.join(tiktoken.list_encoding_names())}")
-    try:
-        encoding = tiktoken.get_encoding(name)
-    except (requests.RequestException, OSError) as error:
-        raise ValueError(f"tiktoken could not load the vocabulary of {name!r} ({type(error).__name__}): connect to the network, "
-                         "set TIKTOKEN_CACHE_DIR to a folder that holds it, or use --tokenizer=byte") from None
+    encoding = get_encoding(name)
     return encoding.encode_ordinary_batch, encoding.decode, encoding.n_vocab, encoding.eot_token
 
+
+def count_bytes(tokens, encoding):
+    """How many bytes of text the tokens stand for; end-of-text stands for none."""
+    lengths = np.array([len(encoding.decode_single_token_bytes(token)) for token in range(encoding.n_vocab)])
+    lengths[encoding.eot_token] = 0
+    return sum(int(lengths[tokens[i:i + CHUNK]].sum()) for i in range(0, len(tokens), CHUNK))
+
+
+# ---------------------------------------------------------------- text
 
 def sha256(path):
     digest = hashlib.sha256()
@@ -109,30 +326,72 @@ def stdlib_files():
     return root, sorted(path.relative_to(root) for path in root.rglob("*.py") if not left_out & set(path.relative_to(root).parts))
 
 
-def text_chunks(path, start=0, stop=None):
-    """The characters start:stop of a .txt, .txt.gz or .py file, in pieces of about CHUNK that end at a line's end."""
-    opened = gzip.open if path.suffix == ".gz" else open
-    with opened(path, "rt", encoding="utf-8", errors="replace") as file:
+def text_files(source):
+    """Folder and files, relative to it, of a text or of a folder of texts. Raises ValueError if there is no text."""
+    root, files = Path(source), []
+    if root.is_dir():
+        files = sorted(path.relative_to(root) for path in root.rglob("*"))
+    elif root.is_file():
+        root, files = root.parent, [Path(root.name)]
+    files = [file for file in files if file.name.endswith((".txt", ".txt.gz")) and (root / file).is_file()]
+    if not files:
+        raise ValueError(f"{source} must be a .txt or .txt.gz file, or a folder that holds some; or fineweb_edu, or shakespeare")
+    return root, files
+
+
+def text_chunks(path, bar):
+    """The text of a .txt, .txt.gz or .py file, in pieces that end at a line's end, or after 2 CHUNK characters if none comes."""
+    with open(path, "rb") as raw:
+        file = io.TextIOWrapper(gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw, encoding="utf-8", errors="replace")
         position = 0
-        while lines := file.readlines(CHUNK):
-            text = "".join(lines)
-            piece = text[max(0, start - position):None if stop is None else max(0, stop - position)]
-            position += len(text)
-            if piece:
-                yield piece
+        while text := file.read(CHUNK) + file.readline(CHUNK):
+            yield text
+            bar.update(raw.tell() - position)       # in bytes of the file, also if they are packed
+            position = raw.tell()
 
 
-def documents(root, files):
-    """(split, path, start, stop) of each part of each file. Of 200 files or more, a hash of its path sends each whole file
-    to one split (the split then survives the addition of a file); of fewer, each file's last part is validation text."""
+def documents(root, files, bar):
+    """(path, number of its characters to train on; the rest is for validation) of each file. Of WHOLE_FILES or more, a hash of
+    its path sends each to one split (it stays there when files are added); of fewer, the last part of each is for validation."""
     for file in files:
-        if len(files) >= 200:
-            validates = zlib.crc32(file.as_posix().encode()) % VAL_SHARE == 0
-            yield "val" if validates else "train", root / file, 0, None
+        if len(files) >= WHOLE_FILES:
+            yield root / file, 0 if zlib.crc32(file.as_posix().encode()) % VAL_SHARE == 0 else sys.maxsize
         else:
-            cut = round(sum(map(len, text_chunks(root / file))) * (1 - 1 / VAL_SHARE))
-            yield "train", root / file, 0, cut
-            yield "val", root / file, cut, None
+            yield root / file, round(sum(map(len, text_chunks(root / file, bar))) * (1 - 1 / VAL_SHARE))
+
+
+def pieces(root, files, bar):
+    """The text of all files as (split, text), with None for the text where a document ends."""
+    for path, train_length in documents(root, files, bar):
+        left = train_length
+        for text in text_chunks(path, bar):
+            if left > 0:
+                yield "train", text[:left]
+            if left < len(text):
+                yield "val", text[left:]
+            left = max(0, left - len(text))
+        if train_length > 0:
+            yield "train", None
+        if train_length < sys.maxsize:
+            yield "val", None
+
+
+def tokenize(pieces, encode, end_of_text):
+    """(split, tokens, bytes) of each piece, in order. A thread for each core, which tiktoken lets run, encodes the next ones.
+    Only where a piece ends, once a MB, can the tokens differ from those of the whole text: white space is not joined there."""
+    def work(split, text):
+        if text is None:
+            return split, [] if end_of_text is None else [end_of_text], 0
+        return split, np.asarray(encode([text])[0], np.uint32), len(text.encode(errors="replace"))
+
+    cores, waiting = os.cpu_count(), deque()
+    with ThreadPoolExecutor(cores) as pool:
+        for piece in pieces:
+            waiting.append(pool.submit(work, *piece))
+            if len(waiting) > 2 * cores:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def prepare(root, files, out, tokenizer="byte", progress=True):
@@ -142,13 +401,11 @@ def prepare(root, files, out, tokenizer="byte", progress=True):
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     writers = {split: TokenWriter(out / f"{split}.bin", vocab_size) for split in ("train", "val")}
+    total = sum((root / file).stat().st_size for file in files) * (1 if len(files) >= WHOLE_FILES else 2)    # 2: see documents
     try:
-        for split, path, start, stop in tqdm(list(documents(root, files)), desc=str(out), unit=" files", disable=not progress):
-            for text in text_chunks(path, start, stop):
-                for tokens in encode([text]):
-                    writers[split].write(tokens, len(text.encode(errors="replace")))
-            if end_of_text is not None:
-                writers[split].write([end_of_text], 0)
+        with bytes_bar(total, out, disable=not progress) as bar:
+            for split, tokens, text_bytes in tokenize(pieces(root, files, bar), encode, end_of_text):
+                writers[split].write(tokens, text_bytes)
         if empty := [split for split, writer in writers.items() if writer.text_bytes == 0]:
             raise ValueError(f"no text for {' and '.join(empty)}: {root} needs more of it")
         for writer in writers.values():
@@ -159,38 +416,71 @@ def prepare(root, files, out, tokenizer="byte", progress=True):
     meta = dict(tokenizer=tokenizer, vocab_size=vocab_size)
     for split, writer in writers.items():
         meta[split] = dict(tokens=writer.tokens, bytes=writer.text_bytes, sha256=sha256(writer.path))
-    (out / "meta.json.tmp").write_text(json.dumps(meta, indent=1) + "\n")
-    os.replace(out / "meta.json.tmp", out / "meta.json")
+    write_json(out / "meta.json", meta)
     return meta
 
+
+# ---------------------------------------------------------------- sources
 
 def prepare_stdlib(out="data/stdlib", progress=True):
     return prepare(*stdlib_files(), out, progress=progress)
 
 
+def prepare_shakespeare(out, tokenizer):
+    def check(path):
+        if not path.exists() or sha256(path) != SHAKESPEARE_SHA256:
+            raise ValueError(f"{path} is not the text it should be")
+    fetch(SHAKESPEARE, {"input.txt": SHAKESPEARE_BYTES}, out, check)
+    return prepare(out, [Path("input.txt")], out, tokenizer)
+
+
+def prepare_fineweb_edu(out, tokens):
+    """Validation shard and the first shards for training that have so many tokens, as GPT-2's tokenizer made them, to out."""
+    if not 1 <= tokens <= SHARDS * SHARD_TOKENS:
+        raise ValueError(f"--tokens must be between 1 and {SHARDS * SHARD_TOKENS:,}, not {tokens}")
+    names = dict(train=[f"edu_fineweb_train_{i:06d}.bin" for i in range(1, math.ceil(tokens / SHARD_TOKENS) + 1)],
+                 val=["edu_fineweb_val_000000.bin"])
+    meta = dict(tokenizer="gpt2", vocab_size=50257)
+    fetch(FINEWEB_EDU, dict.fromkeys(names["val"] + names["train"], HEADER_BYTES + 2 * SHARD_TOKENS), out,
+          lambda path: check_tokens(path, meta["vocab_size"]))
+    for split in names:
+        shards = {name: len(read_tokens(out / name)) for name in names[split]}
+        meta[split] = dict(tokens=sum(shards.values()), bytes=None, shards=shards)
+    try:
+        meta["val"]["bytes"] = count_bytes(read_tokens(out / names["val"][0]), get_encoding("gpt2"))
+    except ValueError as error:
+        print(f"bits per byte will be unknown, until this command is run again with GPT-2's vocabulary: {error}")
+    write_json(out / "meta.json", meta)
+    return meta
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("source", nargs="?", help="a .txt or .txt.gz file or a folder of them; without it, Python's standard library")
-    parser.add_argument("--tokenizer", default="byte", help="byte (default), gpt2 or another encoding of tiktoken")
+    parser.add_argument("source", nargs="?", help="a .txt or .txt.gz file, a folder of them, fineweb_edu or shakespeare; without "
+                                                  "one, Python's standard library")
+    parser.add_argument("--tokenizer", help="byte (default), gpt2 or another encoding of tiktoken; fineweb_edu has gpt2")
+    parser.add_argument("--tokens", type=float, help="how many of fineweb_edu to train on, in whole shards of 1e8; default 1e9")
     parser.add_argument("--out", help="folder to write; default data/NAME, after the source")
     parser.error = lambda message: sys.exit(f"prepare_data.py: {message} (see --help)")
     args = parser.parse_args()
-    if args.source is None:
-        root, files = stdlib_files()
-    elif os.path.isdir(args.source):
-        root = Path(args.source)
-        files = sorted(path.relative_to(root) for path in root.rglob("*") if path.name.endswith((".txt", ".txt.gz")))
-    else:
-        root, files = Path(args.source).parent, [Path(Path(args.source).name)]
-    if args.source is not None and not (files and all((root / f).is_file() and f.name.endswith((".txt", ".txt.gz")) for f in files)):
-        parser.error(f"{args.source} must be a .txt or .txt.gz file, or a folder that holds some")
-    name = "stdlib" if args.source is None else Path(args.source).resolve().name.removesuffix(".gz").removesuffix(".txt")
+    if args.source == "fineweb_edu" and args.tokenizer not in (None, "gpt2"):
+        parser.error(f"fineweb_edu comes as tokens of gpt2, not of {args.tokenizer}")
+    if args.source != "fineweb_edu" and args.tokens is not None:
+        parser.error("--tokens goes with fineweb_edu alone")
+    out = Path(args.out or Path("data") / Path(args.source or "stdlib").resolve().name.removesuffix(".gz").removesuffix(".txt"))
     try:
-        meta = prepare(root, files, args.out or Path("data") / name, args.tokenizer)
+        if args.source == "fineweb_edu":
+            meta = prepare_fineweb_edu(out, 1e9 if args.tokens is None else args.tokens)
+        elif args.source == "shakespeare":
+            meta = prepare_shakespeare(out, args.tokenizer or "byte")
+        else:
+            meta = prepare(*(text_files(args.source) if args.source else stdlib_files()), out, args.tokenizer or "byte")
     except (ValueError, OSError, EOFError, zlib.error) as error:       # the last two: a damaged .gz
         parser.error(error)
-    print(f"{args.out or Path('data') / name}: {meta['train']['tokens']:,} tokens to train on and {meta['val']['tokens']:,} to "
-          f"validate on, vocabulary {meta['vocab_size']:,} ({meta['tokenizer']})")
+    except KeyboardInterrupt:
+        parser.error("interrupted; the same command goes on with a download, and begins again with a text")
+    print(f"{out}: {meta['train']['tokens']:,} tokens to train on and {meta['val']['tokens']:,} to validate on, "
+          f"vocabulary {meta['vocab_size']:,} ({meta['tokenizer']})")
 
 
 if __name__ == "__main__":

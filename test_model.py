@@ -5,21 +5,29 @@ Every test states one claim, and was seen to fail with the code it guards broken
 is as wrong at width 32 as at 4096. Sections are those of νGPT (arXiv:2604.27077).
 """
 import csv
+import fcntl
 import gzip
 import hashlib
+import http.server
 import itertools
 import json
 import math
 import multiprocessing
 import os
 import re
+import shutil
+import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiktoken
 import torch
 
 import model as model_py
@@ -827,13 +835,366 @@ def test_default_data_is_made_when_missing_and_always_the_same(data, tmp_path, m
     assert again.returncode == 0 and (default / "meta.json").read_text() == (tmp_path / "again/meta.json").read_text()
     root, files = prepare_data.stdlib_files()
     assert files == sorted(files) and not any({"test", "site-packages"} & set(file.parts) for file in files)
-    split = {name: {path for s, path, *_ in prepare_data.documents(root, files) if s == name} for name in ("train", "val")}
-    assert not split["train"] & split["val"] and len(split["train"] | split["val"]) == len(files)
+    assert {length for _, length in prepare_data.documents(root, files, None)} == {0, sys.maxsize}      # each file whole
     assert 0.02 < len(read_tokens(default / "val.bin")) / len(read_tokens(default / "train.bin")) < 0.1
     (default / "val.bin").write_bytes((default / "train.bin").read_bytes())         # a good file, but not the one of meta.json
     assert "val.bin has" in run(*options(default, "out2"))
     (default / "val.bin").write_bytes(b"<html>")
     assert "val.bin is not a token file" in run(*options(default, "out2"))
+
+
+def sharded(folder, out, cuts):
+    """The data of `folder` as shards, cut at the tokens `cuts` of each split."""
+    out.mkdir()
+    meta = json.loads((folder / "meta.json").read_text())
+    for split in ("train", "val"):
+        meta[split]["shards"] = {}
+        for i, part in enumerate(np.split(read_tokens(folder / f"{split}.bin"), cuts)):
+            write_tokens(out / f"{split}_{i}.bin", part)
+            meta[split]["shards"][f"{split}_{i}.bin"] = len(part)
+    (out / "meta.json").write_text(json.dumps(meta))
+    return out
+
+
+def write_tokens(path, tokens):
+    writer = TokenWriter(path, 256)
+    writer.write(tokens, 0)
+    writer.close()
+
+
+def test_shards_are_one_stream_wherever_they_are_cut(data, tmp_path):
+    """Among the cuts: two within one sequence, an empty shard, one token alone."""
+    folder = sharded(data, tmp_path / "shards", [3, 8, 8, 9, 200, 301])
+    for whole, stream in zip(prepare_data.read_folder(data), prepare_data.read_folder(folder)[:2]):
+        assert len(stream) == len(whole)
+        for start, stop in itertools.combinations((0, 1, 3, 8, 9, 10, 200, 250, 301, len(whole)), 2):
+            assert np.array_equal(stream[start:stop], whole.arrays[0][start:stop])
+    assert run(*options(data, tmp_path / "a")) == 0 and run(*options(folder, tmp_path / "b")) == 0
+    assert log(tmp_path / "a") == log(tmp_path / "b")
+
+
+@pytest.mark.parametrize("damage, words", (
+    (lambda raw: raw[:-1], "was cut"), (lambda raw: raw + raw[-2:], "was cut"), (lambda raw: b"\1" + raw[1:], "not a token file"),
+    (lambda raw: raw[:1300] + b"\0\1" + raw[1302:], "has the token 256"), (lambda raw: None, "is missing"),
+    (lambda raw: raw[:8] + bytes(4) + raw[12:1024], "has 0 tokens, but")))
+def test_damaged_shard_is_named_and_refused_before_the_first_step(damage, words, data, tmp_path):
+    """Also when the folder was in order at an earlier start."""
+    folder = sharded(data, tmp_path / "shards", [200])
+    assert run(*options(folder, tmp_path / "run")) == 0
+    for path in (folder / "train_1.bin", folder / "val_0.bin"):
+        raw = path.read_bytes()
+        damaged = damage(raw)
+        path.unlink() if damaged is None else path.write_bytes(damaged)
+        sentence = run(*options(folder, tmp_path / "bad"))
+        assert str(path) in sentence and words in sentence and "\n" not in sentence and not (tmp_path / "bad").exists()
+        path.write_bytes(raw)
+
+
+def test_tokens_are_looked_through_once_for_each_time_a_file_was_changed(tmp_path):
+    path = tmp_path / "tokens.bin"
+    write_tokens(path, [1, 2, 3])
+    prepare_data.check_tokens(path, 4)
+    checked = path.stat()
+    write_tokens(path, [1, 2, 9])
+    os.utime(path, ns=(0, checked.st_mtime_ns))
+    prepare_data.check_tokens(path, 4)                                      # nothing tells that it is another
+    for change in (lambda: os.utime(path), lambda: (tmp_path / "verified.json").write_text("{"), lambda: None):
+        change()
+        with pytest.raises(ValueError, match="has the token 9, but its vocabulary ends at 3"):
+            prepare_data.check_tokens(path, 4)
+
+
+def test_bad_data_on_one_rank_makes_all_leave_with_the_sentence(data, tmp_path):
+    """Two processes, as on two nodes with a folder each."""
+    folder = sharded(data, tmp_path / "shards", [200])
+    write_tokens(folder / "val_1.bin", np.full(len(read_tokens(folder / "val_1.bin")), 256))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+               "MASTER_PORT": str(free.getsockname()[1])}
+    ranks = [subprocess.Popen([sys.executable, HERE / "train.py", *options(source, tmp_path / "run")], env={**env, "RANK": rank},
+                              cwd=HERE, text=True, stderr=subprocess.PIPE) for rank, source in (("0", data), ("1", folder))]
+    try:
+        said = [process.communicate(timeout=60)[1] for process in ranks]
+    finally:
+        [process.kill() for process in ranks]
+    assert [process.returncode for process in ranks] == [1, 1] and not (tmp_path / "run").exists()
+    assert "val_1.bin has the token 256" in said[0] and "(rank 1)" in said[0] and "".join(said).count("\n") == 1
+
+
+def test_bits_per_byte_of_text_whose_bytes_nobody_counted_are_nan(data, tmp_path, capsys):
+    folder = sharded(data, tmp_path / "shards", [])
+    meta = json.loads((folder / "meta.json").read_text())
+    meta["val"]["bytes"] = None
+    (folder / "meta.json").write_text(json.dumps(meta))
+    for source, name in ((data, "known"), (folder, "unknown")):
+        assert run(*options(source, tmp_path / name, results=tmp_path / "all.csv")) == 0
+    known, unknown = train.read_csv(tmp_path / "all.csv")
+    assert unknown["bits_per_byte"] == "nan" and "bits_per_byte=nan" in capsys.readouterr().out
+    assert float(known["bits_per_byte"]) == pytest.approx(float(unknown["val_loss"]) / math.log(2), abs=1e-4)
+
+
+# ---------------------------------------------------------------- prepare_data.py: text
+
+@pytest.fixture
+def tiny_encoding(monkeypatch):
+    """A real encoding of tiktoken that needs no network; "gpt2" stands for it."""
+    ranks = {bytes([i]): i for i in range(256)} | {b"no": 256, b"rm": 257, b"norm": 258, "ä".encode(): 259}
+    encoding = tiktoken.Encoding("tiny", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 260})
+    monkeypatch.setattr(prepare_data, "get_encoding", lambda name: encoding)
+    return encoding
+
+
+def test_tokens_of_many_pieces_are_those_of_the_whole_text(tiny_encoding, tmp_path, monkeypatch):
+    texts = ["".join(f"norm {i}-{j} ä\n" for j in range(300)) for i in range(3)]
+    for i, text in enumerate(texts):
+        (tmp_path / f"{i}.txt").write_text(text)
+    monkeypatch.setattr(prepare_data, "CHUNK", 100)
+    meta = prepare_data.prepare(*prepare_data.text_files(tmp_path), tmp_path / "out", tokenizer="gpt2", progress=False)
+    splits = []
+    for split in ("train", "val"):
+        tokens = read_tokens(tmp_path / "out" / f"{split}.bin")
+        ends = np.flatnonzero(tokens == 260)
+        assert len(ends) == 3 and ends[-1] == len(tokens) - 1
+        splits.append([part[:-1] for part in np.split(tokens, ends + 1)[:-1]])
+        decoded = b"".join(tiny_encoding.decode_bytes(part) for part in splits[-1])
+        assert meta[split]["bytes"] == len(decoded) == prepare_data.count_bytes(tokens, tiny_encoding)
+    for text, train_part, val_part in zip(texts, *splits):
+        cut = len(tiny_encoding.decode(train_part))
+        assert train_part.tolist() == tiny_encoding.encode_ordinary(text[:cut]) and 0.94 < cut / len(text) < 0.96
+        assert val_part.tolist() == tiny_encoding.encode_ordinary(text[cut:])
+
+
+def test_text_is_read_a_few_pieces_ahead_and_a_long_line_is_cut(tmp_path, monkeypatch):
+    read = []
+
+    def pieces():
+        for i in range(500):
+            read.append(i)
+            yield "train", str(i)
+    ahead = []
+    for i, (_, tokens, count) in enumerate(prepare_data.tokenize(pieces(), prepare_data.get_tokenizer("byte")[0], None)):
+        assert bytes(tokens.astype(np.uint8)).decode() == str(i) and count == len(str(i))
+        ahead.append(len(read) - i)
+    assert max(ahead) <= 2 * os.cpu_count() + 1
+    monkeypatch.setattr(prepare_data, "CHUNK", 100)
+    (tmp_path / "line.txt").write_text("ν" * 1050 + "\n" + "μ" * 30)
+    texts = list(prepare_data.text_chunks(tmp_path / "line.txt", prepare_data.bytes_bar(0, "", disable=True)))
+    assert "".join(texts) == "ν" * 1050 + "\n" + "μ" * 30 and max(map(len, texts)) <= 200
+
+
+def test_killed_tokenization_leaves_nothing_that_looks_finished(data, tmp_path):
+    """Killed between its two token files, in a new folder and in one that holds other data."""
+    shutil.copytree(data, tmp_path / "old")
+    (tmp_path / "new.txt").write_text("another text, of another length\n" * 100)
+    code = ("import os, sys, prepare_data; close = prepare_data.TokenWriter.close\n"
+            "prepare_data.TokenWriter.close = lambda self: (close(self), os.kill(os.getpid(), 9))\nprepare_data.main()")
+    for out in (tmp_path / "new", tmp_path / "old"):
+        assert process("-c", code, tmp_path / "new.txt", f"--out={out}").returncode == -9 and (out / "train.bin").exists()
+        with pytest.raises(ValueError, match="prepare_data.py|but .*meta.json says"):
+            prepare_data.read_folder(out)
+
+
+# ---------------------------------------------------------------- prepare_data.py: downloads, from a server on this machine
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Serves server.files. The faults in server.faults are those of the next answers; server.asked has (file, first byte)."""
+    def log_message(self, *args):
+        pass
+
+    def do_HEAD(self):
+        self.server.asked.append((self.path[1:], "HEAD"))
+        self.send_response(200)
+        self.end_headers()
+
+    def do_GET(self):
+        name, first = self.path[1:], int(re.fullmatch(r"bytes=(\d+)-", self.headers["Range"])[1])
+        self.server.asked.append((name, first))
+        fault, body = self.server.faults.pop(0) if self.server.faults else "", self.server.files.get(name)
+        if fault == "silent":
+            return time.sleep(5)
+        if fault == "503" or body is None or first >= len(body):
+            self.send_response(503 if fault else 404 if body is None else 416)
+            return self.end_headers()
+        body = dict(page=b"<html>", short=body[:-2], long=body + b"\0\0", foreign=body[:-2] + b"\xff\xff").get(fault, body)
+        ranged = fault not in ("no range", "page")
+        body = body[first:] if ranged else body
+        self.send_response(206 if ranged else 200)
+        self.send_header("Content-Length", len(body))
+        self.end_headers()
+        self.wfile.write(body[:len(body) // 2] if fault in ("cut", "stall") else body)
+        if fault == "stall":
+            time.sleep(5)
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A server with four shards of 100,000 tokens and one for validation; time-outs and pauses are short."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        server.daemon_threads, server.faults, server.asked, server.files = True, [], [], {}
+        server.url = f"http://127.0.0.1:{server.server_port}/"
+        header = np.zeros(256, "<i4")
+        header[:3] = 20240520, 1, 100_000
+        for i, name in enumerate(["edu_fineweb_val_000000.bin"] + [f"edu_fineweb_train_{i:06d}.bin" for i in range(1, 5)]):
+            tokens = np.random.default_rng(i).integers(0, 257, 100_000).astype("<u2")
+            server.files[name] = header.tobytes() + tokens.tobytes()
+        for name, constant in dict(FINEWEB_EDU=server.url, SHAKESPEARE=server.url, SHARD_TOKENS=100_000, SHARDS=4, PATIENCE=0.3,
+                                   BACKOFF=0.01).items():
+            monkeypatch.setattr(prepare_data, name, constant)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def fineweb(monkeypatch, out, tokens=1e5):
+    """`python prepare_data.py fineweb_edu` in this process. Returns None, or the sentence with which it refuses."""
+    monkeypatch.setattr(sys, "argv", ["prepare_data.py", "fineweb_edu", f"--out={out}", f"--tokens={tokens}"])
+    try:
+        prepare_data.main()
+    except SystemExit as end:
+        return end.code
+
+
+def whole(server, out):
+    """Whether out holds exactly shards that are those of the server, and the two .json files."""
+    files = {path.name: path.read_bytes() for path in out.iterdir() if path.suffix != ".json"}
+    return files and files == {name: server.files[name] for name in files}
+
+
+@pytest.mark.parametrize("faults, resumed", ((["503", "503"], False), (["silent"], False), (["cut"], True), (["stall"], True),
+    (["cut", "stall", "cut"], True), (["cut", "no range"], True), (["page"], False), (["short"], False), (["long"], False),
+    (["foreign"], False), (["cut", "long"], True), (["cut", "page"], True)))
+def test_download_gets_over_what_servers_do(faults, resumed, server, tiny_encoding, tmp_path, monkeypatch):
+    server.faults, begun = [*faults], time.time()
+    assert fineweb(monkeypatch, tmp_path) is None and whole(server, tmp_path) and time.time() - begun < 4
+    firsts = [first for name, first in server.asked if "val" in name and first != "HEAD"]
+    assert (0 < firsts[1] <= 100_512) == resumed and len(firsts) == 1 + len([fault for fault in faults if fault != "no range"])
+
+
+@pytest.mark.parametrize("fault, words", (("503", "says 503"), ("silent", "timed out"), ("page", "not a token file"),
+                                          ("short", "was cut"), ("long", "was cut"), ("foreign", "has the token 65,535")))
+def test_file_that_cannot_be_had_is_refused_and_has_no_name(fault, words, server, tiny_encoding, tmp_path, monkeypatch):
+    server.faults += [fault] * prepare_data.ATTEMPTS
+    sentence = fineweb(monkeypatch, tmp_path)
+    assert words in sentence and "edu_fineweb_val_000000.bin" in sentence and "\n" not in sentence
+    assert not [path for path in tmp_path.iterdir() if path.suffix != ".part"]
+    assert fineweb(monkeypatch, tmp_path) is None and whole(server, tmp_path)
+
+
+def test_only_what_is_asked_for_and_not_there_is_downloaded(server, tiny_encoding, tmp_path, monkeypatch):
+    assert fineweb(monkeypatch, tmp_path, 150_001) is None and whole(server, tmp_path)
+    val, one, two, three, _ = server.files
+    assert {name for name, _ in server.asked} == {val, one, two}
+    train_tokens, val_tokens, meta = prepare_data.read_folder(tmp_path)
+    assert bytes(train_tokens[0:200_000]) == server.files[one][1024:] + server.files[two][1024:]
+    assert len(train_tokens) == 200_000 == meta["train"]["tokens"] and len(val_tokens) == 100_000
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.bin")}
+    assert set(json.loads((tmp_path / "verified.json").read_text())) == {val, one, two}     # train.py need not read them again
+    server.asked.clear()
+    assert fineweb(monkeypatch, tmp_path, 2e5) is None and not server.asked
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.bin")}
+    assert fineweb(monkeypatch, tmp_path, 3e5) is None and {name for name, _ in server.asked} == {three}
+    server.asked.clear()
+    (tmp_path / one).write_bytes(server.files[one][:-2] + b"\xff\xff")      # what train.py refuses is downloaded again
+    assert fineweb(monkeypatch, tmp_path, 3e5) is None and {name for name, _ in server.asked} == {one} and whole(server, tmp_path)
+
+
+def test_bytes_are_counted_once_there_is_a_vocabulary(server, tiny_encoding, tmp_path, monkeypatch, capsys):
+    def no_network(name):
+        raise ValueError("tiktoken could not load the vocabulary")
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_data, "get_encoding", no_network)
+        assert fineweb(patch, tmp_path) is None and "bits per byte will be unknown" in capsys.readouterr().out
+    assert prepare_data.read_folder(tmp_path)[2]["val"]["bytes"] is None
+    server.asked.clear()
+    assert fineweb(monkeypatch, tmp_path) is None and not server.asked
+    _, val_tokens, meta = prepare_data.read_folder(tmp_path)
+    assert meta["val"]["bytes"] == len(tiny_encoding.decode_bytes(val_tokens[0:100_000]))
+
+
+def test_cut_that_only_the_length_tells_of_costs_nothing(server, tiny_encoding, tmp_path, monkeypatch):
+    """urllib3 1 takes the end of a connection for the end of the file."""
+    def get(url, get=prepare_data.requests.get, **options):
+        answer = get(url, **options)
+        answer.raw.enforce_content_length = False
+        return answer
+    monkeypatch.setattr(prepare_data.requests, "get", get)
+    server.faults += ["cut"]
+    assert fineweb(monkeypatch, tmp_path) is None and whole(server, tmp_path)
+    assert [first for name, first in server.asked if "val" in name and first != "HEAD"] == [0, 100_512]
+
+
+def test_killed_download_goes_on_where_it_was(server, tiny_encoding, tmp_path, monkeypatch):
+    server.faults += ["stall"]
+    code = f"import prepare_data as p; p.FINEWEB_EDU = '{server.url}'; p.SHARD_TOKENS = 100_000; p.main()"
+    killed = subprocess.Popen([sys.executable, "-c", code, "fineweb_edu", "--tokens=1e5", f"--out={tmp_path}"], cwd=HERE)
+    part, deadline = tmp_path / "edu_fineweb_val_000000.bin.part", time.time() + 20
+    while not (part.exists() and part.stat().st_size) and time.time() < deadline:
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    size = part.stat().st_size
+    assert 0 < size < 100_512 and not part.with_suffix("").exists()
+    assert fineweb(monkeypatch, tmp_path) is None and whole(server, tmp_path)
+    assert [first for name, first in server.asked if name == part.stem and first != "HEAD"] == [0, size]
+
+
+def test_a_download_that_was_killed_before_its_rename_is_not_repeated(server, tiny_encoding, tmp_path, monkeypatch):
+    name = "edu_fineweb_val_000000.bin"
+    (tmp_path / f"{name}.part").write_bytes(server.files[name])
+    assert fineweb(monkeypatch, tmp_path) is None and whole(server, tmp_path)
+    assert [first for asked, first in server.asked if asked == name and first != "HEAD"] == [len(server.files[name])]
+
+
+def test_download_without_room_or_beside_another_or_of_impossible_size_is_refused(server, tmp_path, monkeypatch):
+    folder = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    assert "another process is downloading" in fineweb(monkeypatch, tmp_path)
+    os.close(folder)
+    monkeypatch.setattr(prepare_data.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10 ** 6, 0, 402_047))
+    assert "402,048 bytes are to be downloaded" in fineweb(monkeypatch, tmp_path) and not server.asked
+    for tokens in (0, 400_001, "nan"):
+        assert "--tokens must be between 1 and 400,000" in fineweb(monkeypatch, tmp_path, tokens)
+    monkeypatch.setattr(sys, "argv", ["prepare_data.py", "shakespeare", "--tokens=5"])
+    with pytest.raises(SystemExit, match="--tokens goes with fineweb_edu alone"):
+        prepare_data.main()
+    monkeypatch.setattr(sys, "argv", ["prepare_data.py", "fineweb_edu", "--tokenizer=byte"])
+    with pytest.raises(SystemExit, match="tokens of gpt2, not of byte"):
+        prepare_data.main()
+
+
+def test_shakespeare_is_tokenized_here_if_it_is_what_it_should_be(server, tmp_path, monkeypatch):
+    text = "".join(f"First Citizen {i}:\nBefore we proceed any further, hear me speak.\n\n" for i in range(50)).encode()
+    server.files["input.txt"] = text.replace(b"speak", b"smile")
+    monkeypatch.setattr(prepare_data, "SHAKESPEARE_SHA256", hashlib.sha256(text).hexdigest())
+    with pytest.raises(SystemExit, match="is not the text it should be"):
+        prepared(monkeypatch, "shakespeare", tmp_path)
+    server.files["input.txt"] = text
+    for _ in range(2):
+        train_text, val_text, meta = prepared(monkeypatch, "shakespeare", tmp_path)
+        assert train_text + val_text == text and meta["tokenizer"] == "byte"
+    assert server.asked[-1] == ("input.txt", 0)
+
+
+@pytest.mark.parametrize("listening", (False, True))
+@pytest.mark.parametrize("source, words", ((["fineweb_edu"], "use `python prepare"), (["shakespeare"], "use `python prepare"),
+                                           (["text.txt", "--tokenizer=gpt2"], "set TIKTOKEN_CACHE_DIR")))
+def test_no_network_is_said_within_ten_seconds(source, words, listening, tmp_path):
+    """Of the true addresses. The network is a proxy that nobody listens at, or that lets itself be called and says nothing."""
+    (tmp_path / "text.txt").write_text("text\n" * 100)
+    code = (f"import os, prepare_data; os.chdir({str(tmp_path)!r}); assert prepare_data.PATIENCE <= 8\n"
+            "prepare_data.PATIENCE = 0.5; prepare_data.main()")
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+        url = f"http://127.0.0.1:{proxy.getsockname()[1]}"
+        if not listening:
+            proxy.close()
+        begun = time.time()
+        done = process("-c", code, *source, "--out=out", HTTPS_PROXY=url, https_proxy=url, NO_PROXY="", no_proxy="",
+                       TIKTOKEN_CACHE_DIR=str(tmp_path))
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and words in done.stderr
+    assert time.time() - begun < 2.5 and not list(tmp_path.glob("out/*"))
 
 
 # ---------------------------------------------------------------- the verdict, on synthetic sweeps of known drift and noise

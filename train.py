@@ -44,7 +44,7 @@ from tqdm import tqdm
 
 from model import GPT, GPTConfig, PlainGPT
 from parametrize import COLUMNS, MULTS, SIZES, param_groups, parametrize
-from prepare_data import get_tokenizer, prepare_stdlib, read_tokens
+from prepare_data import get_tokenizer, prepare_stdlib, read_folder
 
 
 @dataclass
@@ -120,6 +120,8 @@ def say(*words):
 
 def fail(sentence):
     """Bad input ends here: one sentence, exit code 1."""
+    if dist.is_initialized():
+        dist.destroy_process_group()        # or its threads may abort the exit
     sys.exit(f"train.py: {sentence}" if rank == 0 else 1)
 
 
@@ -215,34 +217,35 @@ def load_run(given):
 
 # ---------------------------------------------------------------- data
 
-def load_data(config):
-    """(train tokens, val tokens, meta) of a folder made by prepare_data.py. Raises ValueError if one of its files is not right."""
-    folder, trouble = config.data, [None]
-    meta_path = Path(folder) / "meta.json"
-    if rank == 0 and folder == Config.data and not meta_path.exists():
-        say(f"making the default data, Python's standard library, in {folder}")
-        try:
-            prepare_stdlib(folder, progress=False)
-        except (OSError, ValueError) as error:
-            trouble = [f"the default data could not be made: {error}"]
-    if world_size > 1:
-        dist.broadcast_object_list(trouble)     # the other ranks wait for the data here, and leave with the first if there is none
-    if trouble[0]:
-        raise ValueError(trouble[0])
-    if not meta_path.exists():
-        raise ValueError(f"{folder} is no data folder (it has no meta.json); make one with prepare_data.py")
+def together(function):
+    """function() on every rank. If it fails on one, all get the ValueError: none is left waiting for another in a collective."""
+    result, troubles = None, [None] * world_size
     try:
-        meta = json.loads(meta_path.read_text())
-        expected = {split: meta[split]["tokens"] for split in ("train", "val")}
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{meta_path} is damaged; make {folder} again with prepare_data.py") from None
-    train, val = (read_tokens(Path(folder) / f"{split}.bin") for split in ("train", "val"))
-    for split, tokens in (("train", train), ("val", val)):
-        if len(tokens) != expected[split]:
-            raise ValueError(f"{folder}/{split}.bin has {len(tokens):,} tokens, but {meta_path} says {expected[split]:,}")
-        if len(tokens) <= config.seq_len:
-            raise ValueError(f"{folder}/{split}.bin has {len(tokens):,} tokens, which must be more than seq_len={config.seq_len}")
-    return train, val, meta
+        result = function()
+    except (OSError, ValueError) as error:
+        troubles[rank] = f"{error} (rank {rank})" if rank else str(error)
+    if world_size > 1:
+        dist.all_gather_object(troubles, troubles[rank])
+    if any(troubles):
+        raise ValueError(next(filter(None, troubles)))
+    return result
+
+
+def load_data(config):
+    """(train tokens, val tokens, meta) of a folder made by prepare_data.py. Raises ValueError on all ranks if it is not right."""
+    def make_default():
+        if rank == 0 and config.data == Config.data and not Path(config.data, "meta.json").exists():
+            say(f"making the default data, Python's standard library, in {config.data}")
+            prepare_stdlib(config.data, progress=False)
+
+    def read():
+        train, val, meta = read_folder(config.data, check=int(os.environ.get("LOCAL_RANK", 0)) == 0)    # once on each node
+        for split, tokens in (("train", train), ("val", val)):
+            if len(tokens) <= config.seq_len:
+                raise ValueError(f"{config.data} has {len(tokens):,} {split} tokens; it needs more than seq_len={config.seq_len}")
+        return train, val, meta
+    together(make_default)      # the other ranks wait here
+    return together(read)
 
 
 @functools.lru_cache(maxsize=2)
@@ -571,14 +574,15 @@ def main(argv):
     share = config.batch_size // world_size                             # sequences of this rank
     micro = max(m for m in range(1, share + 1) if share % m == 0 and m <= (config.micro_batch_size or share))   # and of one forward
     tokens_per_step = config.batch_size * config.seq_len
-    windows = (len(val) - 1) // config.seq_len                          # evaluate on windows spread evenly over val.bin
+    windows = (len(val) - 1) // config.seq_len                          # evaluate on windows spread evenly over val
     val_windows = min(windows, max(1, config.eval_tokens // config.seq_len))
     val_starts = [i * windows // val_windows * config.seq_len for i in range(val_windows)]
     device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     peak = next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None) if config.dtype == "bfloat16" else None
     say(f"{config.parametrization}: {model.num_params():,} parameters ({model.num_params(embeddings=False):,} without embeddings), "
         f"{config.steps:,} steps of {tokens_per_step:,} tokens, {micro} sequences a forward, {config.dtype} on {world_size} × {device_name}")
-    say(f"evaluation on {val_windows} windows of {config.seq_len} tokens, spread evenly over {config.data}/val.bin")
+    say(f"evaluation on {val_windows} windows of {config.seq_len} tokens, spread evenly over the validation split of {config.data}"
+        + ("" if meta["val"].get("bytes") else "; bits_per_byte will be nan, as nobody has counted that split's bytes"))
 
     out_dir = Path(config.out_dir) if config.out_dir and rank == 0 else None
     if out_dir:
@@ -702,7 +706,7 @@ def main(argv):
         clock, clock_step = time.perf_counter(), step       # neither evaluation nor checkpoints count as training time
     bar.close()
 
-    bits_per_byte = val_loss / math.log(2) * meta["val"]["tokens"] / meta["val"]["bytes"]
+    bits_per_byte = val_loss / math.log(2) * meta["val"]["tokens"] / (meta["val"].get("bytes") or math.nan)
     end = dict(step=step, val_loss=f"{val_loss:.4f}", bits_per_byte=f"{bits_per_byte:.4f}", train_loss=f"{train_loss:.4f}",
                tokens=step * tokens_per_step, parameters=model.num_params(), status=status,
                seconds=f"{time.perf_counter() - started:.2f}")
