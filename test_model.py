@@ -135,7 +135,9 @@ def start(*argv, before=lambda step: None, rank=0, ranks=1, port=0, call=train.m
 
 def outcome(started):
     """Exit code of a process from `start`: minus the signal's number if one ended it."""
-    started.join(120)
+    started.join(60)
+    started.kill()                                                                                  # if it hangs
+    started.join()
     return started.exitcode
 
 
@@ -754,9 +756,11 @@ def test_run_is_not_overwritten_nor_resumed_as_another(data, tmp_path):
     assert "already holds a run" in run(*options(data, tmp_path))
     assert "width=32 (now 64)" in run(*options(data, tmp_path, width=64), "--resume")
     (tmp_path / "other").mkdir()
-    (tmp_path / "other/text.txt").write_text("another text " * 100)
-    prepare_data.prepare(tmp_path / "other", [Path("text.txt")], tmp_path / "other", progress=False)
-    assert "does not hold the tokens" in run(*options(tmp_path / "other", tmp_path), "--resume")
+    text = (data / "words.txt").read_text()
+    for other in ("X" + text[1:], text[:-1] + "X"):                                                 # to train on, to validate on
+        (tmp_path / "other/text.txt").write_text(other)
+        prepare_data.prepare(tmp_path / "other", [Path("text.txt")], tmp_path / "other", progress=False)
+        assert "does not hold the tokens" in run(*options(tmp_path / "other", tmp_path), "--resume")
     assert "does not exist" in run(*options(data, tmp_path / "none"), "--resume", "--sample_only")
     assert run(*options(data, tmp_path), "--bench") == 0
     assert written == {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
