@@ -9,12 +9,15 @@ import fcntl
 import gzip
 import hashlib
 import http.server
+import io
 import itertools
 import json
 import math
 import multiprocessing
 import os
 import re
+import resource
+import shlex
 import shutil
 import signal
 import socket
@@ -117,9 +120,34 @@ def run(*argv):
     return end.value.code or 0
 
 
-def process(*argv, **env):
-    return subprocess.run([sys.executable, *map(str, argv)], cwd=HERE, capture_output=True, text=True,
+def process(*argv, preexec_fn=None, **env):
+    return subprocess.run([sys.executable, *map(str, argv)], cwd=HERE, capture_output=True, text=True, preexec_fn=preexec_fn,
                           env={**os.environ, "OMP_NUM_THREADS": "1", **env})
+
+
+def start(*argv, before=lambda step: None, rank=0, ranks=1, port=0, call=train.main):
+    """train.py in a process of its own, forked lest it import PyTorch again. It calls before(step) at the start of each step."""
+    def main():
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        train.rank, train.local_rank, train.world_size, starts = rank, rank, ranks, train.batch_starts
+        train.batch_starts = lambda seed, step, *rest: (before(step), starts(seed, step, *rest))[1]
+        sys.exit(call(list(argv)))
+    started = multiprocessing.get_context("fork").Process(target=main)
+    started.start()
+    return started
+
+
+def outcome(started):
+    """Exit code of a process from `start`: minus the signal's number if one ended it."""
+    started.join(60)
+    started.kill()                                                                                  # if it hangs
+    started.join()
+    return started.exitcode
+
+
+def send(number, at):
+    """For `start`: the process gets this signal in step `at`."""
+    return lambda step: os.kill(os.getpid(), number) if step == at else None
 
 
 def log(out_dir, *columns):
@@ -132,6 +160,17 @@ def log(out_dir, *columns):
 
 def checkpoint(out_dir):
     return torch.load(out_dir / "ckpt.pt", weights_only=True)
+
+
+def assert_same_run(one, other):
+    """Every bit of the weights, of Adam's state and of the log is the same, and nothing but the three files was left."""
+    assert log(one) == log(other) and len(log(one)) > 0
+    a, b = checkpoint(one), checkpoint(other)
+    for tensors in (lambda c: c["model"], lambda c: c["optimizer"]["state"]):
+        torch.testing.assert_close(tensors(a), tensors(b), rtol=0, atol=0)
+    assert all(a[key] == b[key] for key in ("step", "train_loss", "val_loss"))
+    assert a["optimizer"]["param_groups"] == b["optimizer"]["param_groups"]
+    assert sorted(path.name for path in other.iterdir()) == ["ckpt.pt", "config.json", "log.csv"]
 
 
 # ---------------------------------------------------------------- model.py
@@ -484,22 +523,6 @@ def test_evaluation_is_the_mean_over_the_stated_windows(data, tmp_path):
         assert log(out_dir, "attn_alpha", "mlp_alpha", "s_z")[-1] == pytest.approx(means, rel=1e-5)
 
 
-def test_killed_and_resumed_run_is_bit_equal_to_one_that_was_not(data, tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert run(*options(data, whole)) == 0
-    kill = ("import os, sys, train; starts = train.batch_starts\n"
-            "train.batch_starts = lambda seed, step, *a: os.kill(os.getpid(), 9) if step == 6 else starts(seed, step, *a)\n"
-            "train.main(sys.argv[1:])")
-    assert process("-c", kill, *options(data, killed)).returncode == -9
-    assert checkpoint(killed)["step"] == 4 and len(log(killed)) > 4                                 # its log is ahead of it
-    assert run(f"--out_dir={killed}", "--resume", "--compile=False", "--log_every=1") == 0
-    assert log(killed) == log(whole) and len(log(whole)) == 8
-    a, b = checkpoint(whole), checkpoint(killed)
-    assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
-    for i, slot in a["optimizer"]["state"].items():
-        assert all(torch.equal(slot[key], b["optimizer"]["state"][i][key]) for key in ("exp_avg", "exp_avg_sq", "step"))
-
-
 def test_compiled_run_saves_plain_names(data, tmp_path, monkeypatch):
     assert run(*options(data, tmp_path / "eager")) == 0
     compiler = torch.compile
@@ -630,6 +653,144 @@ def test_measuring_alignment_changes_no_loss_and_survives_a_kill(data, tmp_path)
     assert train.read_csv(tmp_path / "killed/alignment.csv") == rows
 
 
+# ---------------------------------------------------------------- train.py: kills, signals and resumed runs
+
+def test_run_killed_anywhere_and_resumed_is_bit_equal_to_one_that_was_not(data, tmp_path):
+    """kill -9: first in the middle of writing a checkpoint, then six times wherever it strikes."""
+    seed = time.time_ns() % 2 ** 32
+    print(f"seed {seed}")                                                                           # seen if the test fails
+    rng, whole, killed = np.random.default_rng(seed), tmp_path / "whole", tmp_path / "killed"
+    long = dict(steps=150, checkpoint_every=2, eval_every=7, eval_tokens=48)
+    assert run(*options(data, whole, **long)) == 0
+
+    def breaks_off(state, file, save=torch.save):
+        save(state, file)
+        if state["step"] == 6:
+            file.truncate(file.tell() // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "save", breaks_off)
+        assert outcome(start(*options(data, killed, **long))) == -signal.SIGKILL
+    assert checkpoint(killed)["step"] == 4 and len(log(killed)) == 6 and list(killed.glob("ckpt.pt.*.tmp"))
+
+    for _ in range(6):
+        started, row = start(f"--out_dir={killed}", "--resume"), checkpoint(killed)["step"] + rng.integers(20)
+        while started.is_alive() and (killed / "log.csv").read_bytes().count(b"\n") <= row:
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.03))
+        started.kill()
+        assert outcome(started) == -signal.SIGKILL
+    assert outcome(start(f"--out_dir={killed}", "--resume")) == 0
+    assert_same_run(whole, killed)
+
+
+def test_run_told_to_stop_says_how_to_go_on_and_that_command_finishes_it_bit_equal(data, tmp_path):
+    long = dict(steps=300, checkpoint_every=1000, eval_every=50, results=tmp_path / "results.csv")
+    whole, stopped = tmp_path / "whole", tmp_path / "it's stopped"
+    assert run(*options(data, whole, **long)) == 0
+    started = subprocess.Popen([sys.executable, HERE / "train.py", *options(data, stopped, **long)], stdout=subprocess.PIPE,
+                               text=True, cwd=HERE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while started.poll() is None and not ((stopped / "log.csv").exists() and len(log(stopped)) > 3):
+        time.sleep(0.005)
+    started.send_signal(signal.SIGINT)
+    last = started.communicate()[0].splitlines()[-1]
+    assert started.returncode == 4 and len(train.read_csv(tmp_path / "results.csv")) == 1           # a row of whole's alone
+    assert last.startswith(f"stopped after step {checkpoint(stopped)['step']}; to continue: python ")
+    done = process(*shlex.split(last.split("python ")[1]))
+    assert done.returncode == 0, done.stderr
+    assert_same_run(whole, stopped)
+    assert [row["status"] for row in train.read_csv(tmp_path / "results.csv")] == ["finished"] * 2
+
+
+def test_second_interrupt_ends_the_run_at_once(data, tmp_path):
+    def hang(step):
+        if step == 2:
+            (tmp_path / "hangs").touch()
+            time.sleep(60)
+    began, started = time.time(), start(*options(data, tmp_path), before=hang)
+    while not (tmp_path / "hangs").exists():
+        time.sleep(0.01)
+    os.kill(started.pid, signal.SIGINT)
+    time.sleep(0.5)
+    assert started.is_alive()                                                                       # in the step under way
+    os.kill(started.pid, signal.SIGINT)
+    assert outcome(started) == -signal.SIGINT and time.time() - began < 50
+
+
+def test_ranks_told_to_stop_at_different_steps_stop_at_one_and_resume_bit_equal(data, tmp_path):
+    """Three of them: the sum over two does not depend on an order. One alone gets the signal."""
+    def exit_codes(*argv, signaled=lambda step: None):
+        with socket.socket() as listener:
+            listener.bind(("", 0))
+            port = listener.getsockname()[1]
+        return [*map(outcome, [start(*argv, rank=rank, ranks=3, port=port, **(dict(before=signaled) if rank == 2 else {}))
+                               for rank in range(3)])]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert exit_codes(*options(data, whole, batch_size=6)) == [0, 0, 0]
+    assert exit_codes(*options(data, stopped, batch_size=6), signaled=send(signal.SIGTERM, at=4)) == [4, 4, 4]
+    assert checkpoint(stopped)["step"] == 5
+    assert exit_codes(f"--out_dir={stopped}", "--resume") == [0, 0, 0]
+    assert_same_run(whole, stopped)
+
+
+def test_torchrun_told_to_stop_saves_and_a_rank_that_dies_takes_all_down(data, tmp_path):
+    """Two real launches: the second goes on as the first says, until rank 1 is killed."""
+    script, out_dir = tmp_path / "script.py", tmp_path / "out"
+    script.write_text("import os, sys, train; starts = train.batch_starts\n"
+                      "dies = lambda step: train.rank == 1 and str(step) == os.environ.get('DIES_AT')\n"
+                      "kill = lambda: os.kill(os.getpid(), 9)\n"
+                      "train.batch_starts = lambda seed, step, *rest: kill() if dies(step) else starts(seed, step, *rest)\n"
+                      "sys.exit(train.main(sys.argv[1:]))")
+    torchrun = ["-m", "torch.distributed.run", "--standalone"]
+    env = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+    started = subprocess.Popen([sys.executable, *torchrun, "--nproc_per_node=2", script, *options(data, out_dir, steps=10 ** 5)],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **env})
+    while started.poll() is None and not ((out_dir / "log.csv").exists() and len(log(out_dir)) > 3):
+        time.sleep(0.05)
+    told = time.time()
+    started.terminate()
+    said, errors = started.communicate()
+    assert started.returncode != 0 and time.time() - told < 30, errors                              # 30 s: torchrun kills by then
+    step = checkpoint(out_dir)["step"]
+    assert said.count("stopped after step") == 1 and f"step {step}; to continue: torchrun --nnodes=1 --nproc_per_node=2 " in said
+
+    began = time.time()
+    command = shlex.split(said.split("torchrun ")[1])
+    done = process(*torchrun, *command, **env, DIES_AT=str(step + 3))
+    assert done.returncode != 0 and "exitcode  : -9" in done.stderr and time.time() - began < 60
+    assert len(log(out_dir)) == step + 3
+
+
+def test_full_disk_ends_the_run_in_one_sentence_and_keeps_the_checkpoint_before(data, tmp_path):
+    assert outcome(start(*options(data, tmp_path), before=send(signal.SIGKILL, at=6))) == -signal.SIGKILL
+    before, half = (tmp_path / "ckpt.pt").read_bytes(), (tmp_path / "ckpt.pt").stat().st_size // 2
+    no_room = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (half, half))       # noqa: E731  nearly the error of a full disk
+    done = process(HERE / "train.py", f"--out_dir={tmp_path}", "--resume", preexec_fn=no_room)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert re.search(r"[\r\n]train.py: the checkpoint of step 8 could not be written \(\[Errno .*too large\); ", done.stderr)
+    assert (tmp_path / "ckpt.pt").read_bytes() == before and not list(tmp_path.glob("*.tmp"))
+    with open(tmp_path / "log.csv", "a") as file:
+        file.write("1,64,0.0")                                                                      # a row it had no room for
+    assert run(f"--out_dir={tmp_path}", "--resume") == 0 and len(log(tmp_path)) == 8
+
+
+def test_resumed_run_may_change_what_is_not_mathematics_and_nothing_else(data, tmp_path):
+    whole, changed = tmp_path / "whole", tmp_path / "changed"
+    assert run(*options(data, whole)) == 0
+    assert outcome(start(*options(data, changed), before=send(signal.SIGKILL, at=6))) == -signal.SIGKILL
+    saved = checkpoint(changed)["config"]
+    for key in saved.keys() - set(train.FREE_ON_RESUME):
+        other = "other" if isinstance(saved[key], str) else not saved[key] if isinstance(saved[key], bool) else saved[key] + 1
+        assert f"{key}={saved[key]} (now {other})" in run(f"--out_dir={changed}", "--resume", f"--{key}={other}")
+    shutil.copytree(data, tmp_path / "moved")
+    assert run("--resume", *options(tmp_path / "moved", changed, log_every=2, eval_every=3, checkpoint_every=1, dtype="auto",
+                                    results=tmp_path / "results.csv", sample_tokens=3, prompt="norm")) == 0
+    a, b = checkpoint(whole), checkpoint(changed)
+    torch.testing.assert_close(a["model"], b["model"], rtol=0, atol=0)
+    assert b["config"] == {**saved, "data": str(tmp_path / "moved"), "log_every": 2, "eval_every": 3, "checkpoint_every": 1,
+                           "resume": True, "results": str(tmp_path / "results.csv"), "sample_tokens": 3, "prompt": "norm"}
+
+
 # ---------------------------------------------------------------- train.py: options, refusals, results
 
 def test_options_take_a_sign_or_a_space_and_booleans_may_stand_bare():
@@ -684,9 +845,11 @@ def test_run_is_not_overwritten_nor_resumed_as_another(data, tmp_path):
     assert "already holds a run" in run(*options(data, tmp_path))
     assert "width=32 (now 64)" in run(*options(data, tmp_path, width=64), "--resume")
     (tmp_path / "other").mkdir()
-    (tmp_path / "other/text.txt").write_text("another text " * 100)
-    prepare_data.prepare(tmp_path / "other", [Path("text.txt")], tmp_path / "other", progress=False)
-    assert "does not hold the tokens" in run(*options(tmp_path / "other", tmp_path), "--resume")
+    text = (data / "words.txt").read_text()
+    for other in ("X" + text[1:], text[:-1] + "X"):                                                 # to train on, to validate on
+        (tmp_path / "other/text.txt").write_text(other)
+        prepare_data.prepare(tmp_path / "other", [Path("text.txt")], tmp_path / "other", progress=False)
+        assert "does not hold the tokens" in run(*options(tmp_path / "other", tmp_path), "--resume")
     assert "does not exist" in run(*options(data, tmp_path / "none"), "--resume", "--sample_only")
     assert run(*options(data, tmp_path), "--bench") == 0
     assert written == {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
@@ -698,6 +861,13 @@ def test_resumed_run_needs_a_whole_checkpoint_of_the_same_table(data, tmp_path, 
     for broken in (whole[:len(whole) // 2], b"hello", b""):
         (tmp_path / "ckpt.pt").write_bytes(broken)
         assert "ckpt.pt is damaged" in run(f"--out_dir={tmp_path}", "--resume")
+    ours = torch.load(io.BytesIO(whole), weights_only=True)
+    renamed = {name.replace("qkv", "wqkv"): weight for name, weight in ours["model"].items()}
+    older = ({key: ours[key] for key in ours if key != "seconds"}, {**ours, "model": renamed}, {**ours, "config": dict(size=3)})
+    for foreign in (*older, torch.zeros(1), torch.ones(3), [], "text", dict(model=ours["model"], iter_num=5)):
+        torch.save(foreign, tmp_path / "ckpt.pt")
+        sentence = run(f"--out_dir={tmp_path}", "--resume")
+        assert "ckpt.pt is" in sentence and "of another version of this program" in sentence
     (tmp_path / "ckpt.pt").write_bytes(whole)
     monkeypatch.setitem(COLUMNS["ngpt"], "alpha_init", "0.06")
     assert "table in parametrize.py is no longer the one" in run(f"--out_dir={tmp_path}", "--resume")
@@ -733,6 +903,19 @@ def test_runs_in_one_process_are_those_of_a_process_each(data, tmp_path):
         assert log(tmp_path / f"alone{i}") == log(tmp_path / f"each{i}")
 
 
+def test_worker_told_to_stop_ends_its_run_without_a_result_and_takes_no_other(data, tmp_path):
+    results = tmp_path / "results.csv"
+    lines = [shlex.join(options(data, tmp_path / str(i), results=results)) + "\n" for i in range(2)]
+    (tmp_path / "claims").mkdir()
+
+    def worker(argv):
+        sys.stdin = io.StringIO("".join(lines))
+        train.run_each(tmp_path / "claims")
+    assert outcome(start(call=worker, before=send(signal.SIGTERM, at=4))) == 4
+    assert checkpoint(tmp_path / "0")["step"] == 5 and not results.exists() and not (tmp_path / "1").exists()
+    assert run(f"--out_dir={tmp_path / '0'}", "--resume") == 0 and len(train.read_csv(results)) == 1
+
+
 def append_many(path, writer):
     for i in range(20):
         train.append_result(path, dict(seed=writer, step=i, status="finished"))
@@ -740,6 +923,8 @@ def append_many(path, writer):
 
 def test_results_of_many_processes_are_all_there(tmp_path):
     path, fork = tmp_path / "folder" / "results.csv", multiprocessing.get_context("fork")
+    path.parent.mkdir()
+    (path.parent / "results.csv.123.tmp").write_text("left by a process that was killed")
     writers = [fork.Process(target=append_many, args=(path, writer)) for writer in range(8)]
     [writer.start() for writer in writers]
     [writer.join() for writer in writers]
@@ -757,6 +942,14 @@ def test_a_file_is_never_written_in_part(tmp_path):
     with open(path) as reader:
         train.write_aside(path, lambda temporary: Path(temporary).write_text("new"))
         assert reader.read() == "old" and path.read_text() == "new"
+
+
+def test_a_file_is_on_the_disk_before_it_replaces_another_and_so_is_its_name_before_the_program_goes_on(tmp_path, monkeypatch):
+    events, rename = [], os.replace
+    monkeypatch.setattr(os, "fsync", lambda descriptor: events.append(os.fstat(descriptor).st_ino))
+    monkeypatch.setattr(os, "replace", lambda *paths: (events.append("renamed"), rename(*paths)))
+    train.write_aside(tmp_path / "file", lambda temporary: Path(temporary).write_text("new"))
+    assert events == [(tmp_path / "file").stat().st_ino, "renamed", tmp_path.stat().st_ino]
 
 
 def test_results_from_before_an_option_existed_get_its_default(tmp_path):

@@ -27,11 +27,13 @@ import platform
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
 import time
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -100,17 +102,20 @@ class Config:
     bench: bool = False                 # time a step of this model and of the plain GPT of the same shape, and stop
 
 
-# Keys that may change when a run is resumed: those that do not touch the mathematics.
+# Keys that may change when a run is resumed: those that do not touch the mathematics. The last three change its rounding.
 FREE_ON_RESUME = ["data", "out_dir", "results", "resume", "sample_only", "prompt", "sample_tokens", "log_every", "eval_every",
-                  "checkpoint_every", "micro_batch_size", "device", "compile", "bench"]      # data: the same tokens elsewhere
+                  "checkpoint_every", "bench", "micro_batch_size", "device", "compile"]      # data: the same tokens elsewhere
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}     # dense bf16
-ALIGNMENT_TOKENS = 2048     # of val.bin, on which the alignment exponents are measured
+CHECKPOINT_KEYS = ["config", "model_config", "data", "model", "optimizer", "initial", "step", "seconds", "train_loss", "val_loss"]
 LOG_COLUMNS = ["step", "tokens", "learning_rate", "train_loss", "val_loss", "seconds", "tokens_per_second",
                "attn_alpha", "mlp_alpha", "s_z", "status"]
 ALIGNMENT_COLUMNS = ["parametrization", "width", "depth", "steps", "seed", "step", "loss", "layer", "map", "d_in",
                      "alpha", "omega", "nu", "rms_dW", "rms_dx", "rms_y", "rms_dy"]
+ALIGNMENT_TOKENS = 2048     # of the validation split, on which the alignment exponents are measured
+EXIT_CODES = dict(finished=0, diverged=3, stopped=4)        # 1: bad input, see fail
 
 rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+local_rank = int(os.environ.get("LOCAL_RANK", 0))
 
 
 def say(*words):
@@ -119,10 +124,10 @@ def say(*words):
 
 
 def fail(sentence):
-    """Bad input ends here: one sentence, exit code 1."""
+    """Bad input ends here: one sentence, exit code 1. Each node says it, since it may be the only one that misses a file."""
     if dist.is_initialized():
         dist.destroy_process_group()        # or its threads may abort the exit
-    sys.exit(f"train.py: {sentence}" if rank == 0 else 1)
+    sys.exit(f"train.py: {sentence}" if local_rank == 0 else 1)
 
 
 # ---------------------------------------------------------------- configuration
@@ -182,7 +187,7 @@ def check(config):
     if config.alignment_every and not config.out_dir:
         fail("alignment_every needs an --out_dir, where alignment.csv goes")
     gpus = torch.cuda.device_count()
-    if config.device != "cpu" and (gpus or config.device == "cuda") and int(os.environ.get("LOCAL_RANK", 0)) >= gpus:
+    if config.device != "cpu" and (gpus or config.device == "cuda") and local_rank >= gpus:
         fail(f"device={config.device} needs a GPU for each process, but PyTorch sees {gpus} here; use fewer processes, or --device=cpu")
 
 
@@ -199,9 +204,13 @@ def load_run(given):
         return {}, None
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True) if path.exists() else None
-        saved = checkpoint["config"] if checkpoint else json.loads(record.read_text())["config"] if record.exists() else {}
-        Config(**saved)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError) as error:
+        if checkpoint is None:
+            saved = json.loads(record.read_text())["config"] if record.exists() else {}
+        else:
+            checkpoint = {key: dict(checkpoint)[key] for key in CHECKPOINT_KEYS}
+            saved = checkpoint["config"]
+        saved = saved and asdict(Config(**saved))
+    except (RuntimeError, pickle.UnpicklingError, EOFError, LookupError, TypeError, ValueError) as error:
         fail(f"{path if path.exists() else record} is damaged, or of another version of this program ({type(error).__name__})")
     if not checkpoint:
         if given.get("sample_only"):
@@ -212,6 +221,8 @@ def load_run(given):
     if changed:
         fail(f"{out_dir} has {', '.join(f'{key}={saved[key]} (now {given[key]})' for key in changed)}; a resumed run may change only "
              f"{', '.join(FREE_ON_RESUME)}")
+    for key in automatic if saved else ():
+        given.pop(key, None)        # not to be decided anew, on a machine that may be another
     return saved, checkpoint
 
 
@@ -239,7 +250,7 @@ def load_data(config):
             prepare_stdlib(config.data, progress=False)
 
     def read():
-        train, val, meta = read_folder(config.data, check=int(os.environ.get("LOCAL_RANK", 0)) == 0)    # once on each node
+        train, val, meta = read_folder(config.data, check=local_rank == 0)    # once on each node
         for split, tokens in (("train", train), ("val", val)):
             if len(tokens) <= config.seq_len:
                 raise ValueError(f"{config.data} has {len(tokens):,} {split} tokens; it needs more than seq_len={config.seq_len}")
@@ -276,14 +287,33 @@ def sequences(tokens, starts, seq_len, device):
 
 # ---------------------------------------------------------------- files
 
+def sync(path):
+    """Wait until the file, or the folder's list of files, is on the disk and not only in memory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_aside(path, write):
-    """write(temporary path), then rename: the file at `path` is the old one or the whole new one, never a part."""
+    """write(temporary path), then rename: the file at `path` is the old one or the whole new one, never a part, even if the
+    process is killed or the power fails."""
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         write(temporary)
+        sync(temporary)
         os.replace(temporary, path)
+        sync(Path(path).parent)
     finally:
         Path(temporary).unlink(missing_ok=True)
+
+
+def clear_leftovers(path):
+    """Remove the temporary files of processes that were killed as they wrote `path`. At worst it is that of one still at work,
+    which then leaves with an error; the file at `path` is not touched."""
+    for leftover in path.parent.glob(f"{path.name}.*.tmp"):
+        leftover.unlink(missing_ok=True)
 
 
 def write_csv(path, columns, rows):
@@ -310,6 +340,7 @@ def append_result(path, row):
     lock = os.open(path.parent, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        clear_leftovers(path)
         old, defaults = read_csv(path), asdict(Config())
         columns = dict.fromkeys([*row, *(old[0] if old else ())])
         write_csv(path, columns, [{key: r.get(key, defaults.get(key, "")) for key in columns} for r in (*old, row)])
@@ -412,11 +443,12 @@ def print_sample(model, config, tokenizer, autocast):
 def open_device(config):
     """(device of this rank, autocast context). Starts the process group, and sets what dtype=auto stands for in config."""
     on_gpu = config.device == "cuda" or config.device == "auto" and torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
+    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
-    if world_size > 1:
-        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
+    if world_size > 1:      # a node that is gone is missed after 10 minutes, in which rank 0 can write any checkpoint
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", device_id=device if on_gpu else None,
+                                timeout=timedelta(minutes=10))
     if config.dtype == "auto":
         cpu_flags = Path("/proc/cpuinfo")
         has_bf16 = (torch.cuda.get_device_capability(device) >= (8, 0) if on_gpu else
@@ -527,7 +559,7 @@ def bench(config, device, autocast, repeats=30):
 
 
 def main(argv):
-    """The run that the options in argv describe. Returns its exit code: 0, or 3 if it diverged."""
+    """The run that the options in argv describe. Returns its exit code, one of EXIT_CODES."""
     started = time.perf_counter()
     given = parse_args(argv)
     saved, checkpoint = load_run(given)
@@ -540,7 +572,7 @@ def main(argv):
         return 0
     try:
         train, val, meta = (None, None, checkpoint["data"]) if config.sample_only else load_data(config)
-        if checkpoint and meta["train"] != checkpoint["data"]["train"]:
+        if checkpoint and any(meta[split] != checkpoint["data"][split] for split in ("train", "val")):
             raise ValueError(f"{config.data} does not hold the tokens that {config.out_dir}/ckpt.pt was trained on")
         config.vocab_size = config.vocab_size or 64 * math.ceil(meta["vocab_size"] / 64)
         if config.vocab_size < meta["vocab_size"]:
@@ -554,11 +586,15 @@ def main(argv):
     initial = copy.deepcopy(model) if config.alignment_every else None
     step, seconds, train_loss, val_loss = 0, 0.0, math.nan, math.nan
     if checkpoint:
-        if initial:
-            initial.load_state_dict(checkpoint["initial"])
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        try:
+            model.load_state_dict(checkpoint["model"])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            if initial:
+                initial.load_state_dict(checkpoint["initial"])
+        except (LookupError, RuntimeError, TypeError, ValueError) as error:
+            fail(f"{config.out_dir}/ckpt.pt is of another version of this program ({type(error).__name__})")
         step, seconds, train_loss, val_loss = (checkpoint[key] for key in ("step", "seconds", "train_loss", "val_loss"))
+        checkpoint = None       # or the file, which is mapped to memory, would take its place on the disk when it is a new one's
     if world_size > 1:
         steps = torch.tensor([step, -step], device=device)
         dist.all_reduce(steps, dist.ReduceOp.MAX)
@@ -587,12 +623,15 @@ def main(argv):
     out_dir = Path(config.out_dir) if config.out_dir and rank == 0 else None
     if out_dir:
         out_dir.mkdir(parents=True, exist_ok=True)
+        for name in ("ckpt.pt", "log.csv", "alignment.csv", "config.json"):
+            clear_leftovers(out_dir / name)
         rates = {group["name"]: group["lr_scale"] * config.learning_rate for group in optimizer.param_groups}
         record = dict(config=asdict(config), peak_learning_rates=rates, model=asdict(model.config), parameters=model.num_params(),
                       processes=world_size, device=device_name, data=meta, **versions())
         write_aside(out_dir / "config.json", lambda path: Path(path).write_text(json.dumps(record, indent=1) + "\n"))
         for name, columns in (("log.csv", LOG_COLUMNS), ("alignment.csv", ALIGNMENT_COLUMNS))[:2 if initial else 1]:
-            write_csv(out_dir / name, columns, [row for row in read_csv(out_dir / name) if int(row["step"]) <= step])
+            rows = [row for row in read_csv(out_dir / name) if row[columns[-1]] is not None]        # None: cut off, by a full disk
+            write_csv(out_dir / name, columns, [row for row in rows if int(row["step"]) <= step])
 
     def append(name, columns, rows):
         if out_dir:
@@ -633,14 +672,41 @@ def main(argv):
         return {name: f"{torch.cat(vector).mean().item():.6g}" for name, vector in vectors.items()}
 
     def save_checkpoint():
+        """All that the next step depends on; no random state, as a step draws nothing and its batch follows from its number."""
+        def write(path):
+            with open(path, "wb") as file:      # given a path, torch.save would not say why it could not write
+                torch.save(state, file)
+
         if out_dir:
-            state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step, seconds=seconds,
-                         train_loss=train_loss, val_loss=val_loss, config=asdict(config), model_config=asdict(model.config), data=meta)
-            if initial:
-                state["initial"] = initial.state_dict()
-            write_aside(out_dir / "ckpt.pt", lambda path: torch.save(state, path))
+            state = dict(config=asdict(config), model_config=asdict(model.config), data=meta, model=model.state_dict(),
+                         optimizer=optimizer.state_dict(), initial=initial and initial.state_dict(), step=step, seconds=seconds,
+                         train_loss=train_loss, val_loss=val_loss)
+            for name in ("log.csv", "alignment.csv")[:2 if initial else 1]:
+                sync(out_dir / name)            # they are never behind the checkpoint
+            try:
+                write_aside(out_dir / "ckpt.pt", write)
+            except (OSError, RuntimeError) as error:        # torch.save hides the first behind the second
+                reason = error if isinstance(error, OSError) else error.__context__ or error
+                raise OSError(f"the checkpoint of step {step} could not be written ({reason}); the last is untouched") from error
+
+    signals = []
+
+    def on_signal(number, frame):
+        """Stop after this step; at once when Ctrl-C is pressed again."""
+        signals.append(number)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    # Without an out_dir there is nothing to save, and a signal ends the process as it always does
+    handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)} if config.out_dir else {}
 
     # The loop
+    if step and world_size > 1:
+        # After its first backward DDP sorts the gradients into other buckets, in which sums over more than two ranks have other
+        # last bits. The run that is continued had done so.
+        with autocast:
+            thrown_away = ddp(*sequences(train, [0] * micro, config.seq_len, device))[1]
+        thrown_away.backward()
+        optimizer.zero_grad(set_to_none=True)
     status, rate = "finished", math.nan
     bar = tqdm(total=config.steps, initial=step, unit="step", disable=rank != 0, dynamic_ncols=True,
                mininterval=0.5 if sys.stderr.isatty() else 10)
@@ -667,8 +733,11 @@ def main(argv):
         step += 1
         bar.update()
 
+        stopping = torch.tensor(len(signals))
+        if world_size > 1:
+            dist.all_reduce(stopping)       # a signal reaches ranks at different steps; on the CPU, so that no GPU is waited for
         first, last = clock_step is None, step == config.steps
-        evaluating, saving = step % config.eval_every == 0 or last, step % config.checkpoint_every == 0 or last
+        evaluating, saving = step % config.eval_every == 0 or last, step % config.checkpoint_every == 0 or last or stopping
         logging = evaluating or step % config.log_every == 0
         measuring = initial and (step % config.alignment_every == 0 or last or step < config.alignment_every and step & (step - 1) == 0)
         if not (first or saving or logging or measuring):
@@ -703,22 +772,33 @@ def main(argv):
             measure_alignment()
         if saving:
             save_checkpoint()
+        if stopping and not last:
+            status = "stopped"
+            break
         clock, clock_step = time.perf_counter(), step       # neither evaluation nor checkpoints count as training time
     bar.close()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
     bits_per_byte = val_loss / math.log(2) * meta["val"]["tokens"] / (meta["val"].get("bytes") or math.nan)
     end = dict(step=step, val_loss=f"{val_loss:.4f}", bits_per_byte=f"{bits_per_byte:.4f}", train_loss=f"{train_loss:.4f}",
                tokens=step * tokens_per_step, parameters=model.num_params(), status=status,
                seconds=f"{time.perf_counter() - started:.2f}")
-    if config.results and rank == 0:
+    if config.results and rank == 0 and status != "stopped":
         append_result(config.results, {**asdict(config), **end, "val_loss": f"{val_loss:.6f}", **mean_rescalers()})
     if status == "finished" and config.sample_tokens and rank == 0:
         print_sample(model, config, meta["tokenizer"], autocast)
-    say("final: " + " ".join(f"{key}={value}" for key, value in end.items()))
+    if status == "stopped":
+        per_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        launcher = "python" if world_size == 1 else f"torchrun --nnodes={world_size // per_node} --nproc_per_node={per_node}"
+        command = shlex.join((sys.argv[0], f"--out_dir={config.out_dir}", "--resume"))
+        say(f"stopped after step {step}; to continue: {launcher} {command}")
+    else:
+        say("final: " + " ".join(f"{key}={value}" for key, value in end.items()))
     if world_size > 1:
         dist.barrier()      # a rank that left with an exit code would take the first down before it is done
         dist.destroy_process_group()
-    return 3 if status == "diverged" else 0
+    return EXIT_CODES[status]
 
 
 def run_each(claims):
@@ -738,6 +818,8 @@ def run_each(claims):
         except SystemExit as end:
             code = end.code
         print(f"ended {number} {code}", flush=True)
+        if code == EXIT_CODES["stopped"]:
+            sys.exit(code)
 
 
 if __name__ == "__main__":
@@ -746,5 +828,9 @@ if __name__ == "__main__":
             run_each(sys.argv[2])
         else:
             sys.exit(main(sys.argv[1:]))
-    except OSError as error:    # no such folder, no permission, disk full
-        fail(error)
+    except OSError as error:    # no such folder, no permission, disk full: of this rank alone, perhaps
+        tqdm.write(f"train.py: {error}" + (f" (rank {rank})" if world_size > 1 else ""), file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:   # with nothing to save: before the first step, or without an out_dir
+        print("train.py: stopped", file=sys.stderr)
+        sys.exit(EXIT_CODES["stopped"])
