@@ -797,6 +797,7 @@ def main(argv):
         say("final: " + " ".join(f"{key}={value}" for key, value in end.items()))
     if world_size > 1:
         dist.barrier()      # a rank that left with an exit code would take the first down before it is done
+        del ddp             # were it the last to hold the process group, PyTorch could wait for a thread that waits for Python
         dist.destroy_process_group()
     return EXIT_CODES[status]
 
