@@ -566,9 +566,10 @@ def read_alignment(rows, path):
     """
     The measurements of one or several alignment.csv of train.py, put one behind the other, as
     {(column, width, seed): {step: {"loss": …, "W_q": [a row a layer], …}}}, with the steps that all of them have. Raises
-    ValueError for a cell that is no number, or if step 0 and another are not among them.
+    ValueError for a cell that is no number, if step 0 and another are not among them, or if a measurement comes twice or the
+    runs have different depths or steps.
     """
-    runs = {}
+    runs, seen, shapes = {}, set(), set()
     for i, row in enumerate(rows, 2):
         if row["step"] == "step":       # the next file's head
             continue
@@ -576,9 +577,14 @@ def read_alignment(rows, path):
             run, step = (row["parametrization"], int(row["width"]), int(row["seed"])), int(row["step"])
             numbers = {key: float(row[key] or "nan") for key in ("layer", "d_in", *EXPONENTS, "rms_dW", "rms_dx", "rms_dy")}
             at = runs.setdefault(run, {}).setdefault(step, dict(loss=float(row["loss"])))
+            shapes.add((row["depth"], row["steps"]))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}, line {i} is not as train.py --alignment_every writes it ({error})") from None
         at.setdefault(row["map"], []).append(numbers)
+        if (*run, step, row["layer"], row["map"]) in seen or len(shapes) > 1:
+            raise ValueError(f"{path}, line {i}: {run[0]} at width {run[1]}, seed {run[2]} is there twice, or in another depth or number "
+                             "of steps; give each its own file")
+        seen.add((*run, step, row["layer"], row["map"]))
     steps = sorted(set.intersection(*map(set, runs.values())))
     if len(steps) < 2 or steps[0] != 0:
         raise ValueError(f"{path}: its runs must have step 0 and a later one in common, but have only {steps}")
@@ -601,15 +607,21 @@ def loss_weighted(run, quantity):
 
 def estimate(values):
     """Mean over seeds with half its 95 % interval, as text."""
+    if not values:
+        return "-"
     half = f" ± {student(len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)):.2f}" if len(values) > 1 else ""
     return f"{np.mean(values):.2f}{half}"
 
 
+def widths_of(runs, name):
+    return sorted({width for column, width, _ in runs if column == name})
+
+
 def slopes(runs, name, quantity):
-    """Slope of a log_ratio over log width, a seed each, for seeds that all widths have."""
-    widths = sorted({width for column, width, _ in runs if column == name})
+    """Slope of a log_ratio over log width, a seed each, for the seeds that all widths have; [] for a single width."""
+    widths = widths_of(runs, name)
     seeds = sorted(set.intersection(*({s for column, w, s in runs if (column, w) == (name, width)} for width in widths)))
-    return [np.polyfit(np.log(widths), [quantity(runs[name, width, seed])[0] for width in widths], 1)[0] for seed in seeds]
+    return [] if len(widths) == 1 else [np.polyfit(np.log(widths), [quantity(runs[name, width, seed])[0] for width in widths], 1)[0] for seed in seeds]
 
 
 def report_alignment(runs):
@@ -618,7 +630,7 @@ def report_alignment(runs):
     head = [f"{tensors} {EXPONENTS[key]}" for tensors, key in cells]
     lines, sloped = [], []
     for name in in_order(runs):
-        for width in sorted({width for column, width, _ in runs if column == name}):
+        for width in widths_of(runs, name):
             its = [run for (column, w, _), run in runs.items() if (column, w) == (name, width)]
             ratios = ([loss_weighted(run, lambda at: log_ratio(at, *cell)) for run in its] for cell in cells)
             lines.append((name, str(width), str(len(its)), *(estimate([a / b for a, b in ratio]) for ratio in ratios)))
@@ -654,8 +666,9 @@ def draw_alignment(runs, path):
             for panel, x in zip(panels, (steps, decrease)):
                 panel.plot(x, mean, style, color=color, ms=3, mfc="white" if tensors == "unembedding" else color, label=label)
             over = [slopes(runs, name, lambda run: log_ratio(run[step], tensors, key)) for step in steps]
-            panels[3].plot(steps, np.mean(over, axis=1), style, color=color, ms=3, mfc="white" if tensors == "unembedding" else color)
-            panels[3].fill_between(steps, np.min(over, axis=1), np.max(over, axis=1), color=color, alpha=0.15, lw=0)
+            if all(over):
+                panels[3].plot(steps, np.mean(over, axis=1), style, color=color, ms=3, mfc="white" if tensors == "unembedding" else color)
+                panels[3].fill_between(steps, np.min(over, axis=1), np.max(over, axis=1), color=color, alpha=0.15, lw=0)
         by_layer = [np.mean([np.divide(*loss_weighted(run, lambda at: log_ratio(at, "hidden", key, layer))) for run in its])
                     for layer in layers]
         panels[2].plot([layer + 1 for layer in layers], by_layer, "o-", color=color, ms=3)
@@ -674,7 +687,7 @@ def draw_alignment(runs, path):
     save(figure, path)
 
 
-CHANGES = {     # what the coordinate check looks at: f(measurement, width). All should be the same at every width.
+CHANGES = {     # what the coordinate check looks at: f(measurement, width). States and logits should change as much at every width.
     "weights of blocks, |ΔW| / |W|": lambda at, d: d ** 0.5 * np.mean([row["rms_dW"] for name in at if name[0] == "W" for row in at[name]]),
     "last hidden state, |Δh|": lambda at, d: d ** 0.5 * at["E_out"][0]["rms_dx"],
     "logits, RMS of Δz": lambda at, d: at["logits"][0]["rms_dy"]}
@@ -682,7 +695,7 @@ CHANGES = {     # what the coordinate check looks at: f(measurement, width). All
 
 def coordinates(runs, name, step, change):
     """(widths, mean over seeds of a change since initialization at each)."""
-    widths = sorted({width for column, width, _ in runs if column == name})
+    widths = widths_of(runs, name)
     return widths, [np.mean([CHANGES[change](run[step], width) for (column, w, _), run in runs.items() if (column, w) == (name, width)])
                     for width in widths]
 
@@ -699,7 +712,10 @@ def coordinate_steps(runs):
 
 
 def report_coordinates(runs):
+    """Powers of the width in each change, as text. Raises ValueError if a column has one width only."""
     names = in_order(runs)
+    if single := [name for name in names if len(widths_of(runs, name)) == 1]:
+        raise ValueError(f"the coordinate check needs more than one width of {' and '.join(single)}")
     return table(("power of width in", "after step", *CHANGES),
                  *((name, str(step), *(f"{np.polyfit(*map(np.log, coordinates(runs, name, step, change)), 1)[0]:+.2f}" for change in CHANGES))
                    for name in names for step in coordinate_steps(runs)))

@@ -26,7 +26,7 @@ import sysconfig
 import threading
 import time
 import zlib
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -39,6 +39,7 @@ FORMATS = {     # magic: (version, type of a token), as in llm.c's dev/data/data
     20240801: (7, np.dtype("<u4")),     # larger ones
 }
 HEADER_BYTES = 256 * 4
+FILE_TOKENS = 2 ** 30   # of a text in one file, whose header could count up to 2^31; those of a longer one go to several
 VAL_SHARE = 20          # one part in 20 of the text is for validation
 WHOLE_FILES = 200       # of so many files or more, each goes to one split as a whole
 CHUNK = 1 << 20         # characters of a piece of text; about three pieces for each core are in memory at once
@@ -52,38 +53,70 @@ ATTEMPTS = 5            # to download a file
 BACKOFF = 1             # seconds before the second attempt, doubled before each further one
 
 
+# ---------------------------------------------------------------- writing
+
+def sync(path):
+    """Wait until the file, or the folder's list of files, is on the disk and not only in memory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def temporary_name(path):
+    """The name that a file has until it is whole. Those that killed processes have left are removed."""
+    path = Path(path)
+    for leftover in path.parent.glob(f"{path.name}.*.tmp"):
+        try:
+            os.kill(int(leftover.name.split(".")[-2]), 0)       # sends nothing, but tells whether there is such a process
+        except (ProcessLookupError, ValueError):
+            leftover.unlink(missing_ok=True)
+        except PermissionError:     # there is, of another user
+            continue
+    return Path(f"{path}.{os.getpid()}.tmp")
+
+
+def write_aside(path, write):
+    """write(a binary file), then rename: the file at `path` is the old one or the whole new one, never a part, even if the
+    process is killed or the power fails."""
+    temporary = temporary_name(path)
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+        sync(temporary)
+        os.replace(temporary, path)
+        sync(Path(path).parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path, value):
+    write_aside(path, lambda file: file.write(json.dumps(value, indent=1).encode() + b"\n"))
+
+
 class TokenWriter:
     """Writes a token file, tokens as they come. It has its own name only once `close` has made it whole."""
     def __init__(self, path, vocab_size):
-        self.path, self.temporary = Path(path), Path(f"{path}.{os.getpid()}.tmp")
+        self.path, self.temporary = Path(path), temporary_name(path)
         self.magic = 20240520 if vocab_size <= 1 << 16 else 20240801
         self.version, self.dtype = FORMATS[self.magic]
-        self.tokens = self.text_bytes = 0
+        self.tokens = 0
         self.file = open(self.temporary, "wb")
         self.file.write(bytes(HEADER_BYTES))
 
-    def write(self, tokens, text_bytes):
+    def write(self, tokens):
         self.file.write(np.asarray(tokens).astype(self.dtype).tobytes())
-        self.tokens, self.text_bytes = self.tokens + len(tokens), self.text_bytes + text_bytes
-        if self.tokens >= 2 ** 31:
-            raise ValueError(f"{self.path} would have more than 2^31 tokens, which its header cannot hold; give it less text")
+        self.tokens += len(tokens)
 
     def close(self):
         header = np.zeros(256, dtype="<i4")
         header[:3] = self.magic, self.version, self.tokens
         self.file.seek(0)
         self.file.write(header.tobytes())
-        self.file.flush()
-        os.fsync(self.file.fileno())        # so that a power cut cannot leave the name without the tokens
         self.file.close()
+        sync(self.temporary)        # so that a power cut cannot leave the name without the tokens
         os.replace(self.temporary, self.path)
-
-
-def write_json(path, value):
-    """The file at `path` is the old one or the whole new one, never a part."""
-    temporary = Path(f"{path}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(temporary, path)
 
 
 # ---------------------------------------------------------------- reading
@@ -110,7 +143,7 @@ def read_tokens(path):
 def check_tokens(path, vocab_size):
     """
     Raises ValueError if read_tokens does, or if some token is not below vocab_size. All tokens are read for that, but only once:
-    verified.json, beside the file, remembers its size and time of change (not if the folder cannot be written).
+    verified.json, beside the file, remembers its size and time of change.
     """
     tokens, path, stat = read_tokens(path), Path(path), os.stat(path)
     memory = path.parent / "verified.json"
@@ -123,8 +156,10 @@ def check_tokens(path, vocab_size):
         return
     if (largest := int(tokens.max(initial=0))) >= vocab_size:
         raise ValueError(f"{path} has the token {largest:,}, but its vocabulary ends at {vocab_size - 1:,}: make it again")
-    if os.access(path.parent, os.W_OK):
+    try:
         write_json(memory, {**verified, name: seen})
+    except OSError:     # a folder that cannot be written, a full disk: the next run reads all tokens again
+        return
 
 
 class Stream:
@@ -161,7 +196,8 @@ def read_folder(folder, check=True):
         raise ValueError(f"{meta_path} is damaged; make {folder} again with prepare_data.py") from None
     for files in splits:
         streams.append(Stream([read_tokens(Path(folder) / name) for name in files]))
-        for (name, expected), tokens in zip(files.items(), streams[-1].arrays):
+        for (name, expected), tokens in zip(tqdm(files.items(), f"reading all of {folder} once", delay=10, disable=not check),
+                                            streams[-1].arrays):
             if len(tokens) != expected:
                 raise ValueError(f"{folder}/{name} has {len(tokens):,} tokens, but {meta_path} says {expected:,}")
             if check:
@@ -400,22 +436,28 @@ def prepare(root, files, out, tokenizer="byte", progress=True):
     encode, _, vocab_size, end_of_text = get_tokenizer(tokenizer)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    writers = {split: TokenWriter(out / f"{split}.bin", vocab_size) for split in ("train", "val")}
+    writers, text_bytes = {split: [TokenWriter(out / f"{split}.bin", vocab_size)] for split in ("train", "val")}, Counter()
     total = sum((root / file).stat().st_size for file in files) * (1 if len(files) >= WHOLE_FILES else 2)    # 2: see documents
     try:
         with bytes_bar(total, out, disable=not progress) as bar:
-            for split, tokens, text_bytes in tokenize(pieces(root, files, bar), encode, end_of_text):
-                writers[split].write(tokens, text_bytes)
-        if empty := [split for split, writer in writers.items() if writer.text_bytes == 0]:
+            for split, tokens, size in tokenize(pieces(root, files, bar), encode, end_of_text):
+                if writers[split][-1].tokens + len(tokens) > FILE_TOKENS:
+                    writers[split].append(TokenWriter(out / f"{split}_{len(writers[split]):06d}.bin", vocab_size))
+                writers[split][-1].write(tokens)
+                text_bytes[split] += size
+        if empty := [split for split in writers if text_bytes[split] == 0]:
             raise ValueError(f"no text for {' and '.join(empty)}: {root} needs more of it")
-        for writer in writers.values():
+        for writer in (*writers["train"], *writers["val"]):
             writer.close()
     finally:
-        for writer in writers.values():
+        for writer in (*writers["train"], *writers["val"]):
             writer.temporary.unlink(missing_ok=True)
     meta = dict(tokenizer=tokenizer, vocab_size=vocab_size)
-    for split, writer in writers.items():
-        meta[split] = dict(tokens=writer.tokens, bytes=writer.text_bytes, sha256=sha256(writer.path))
+    for split, (first, *more) in writers.items():
+        meta[split] = dict(tokens=first.tokens, bytes=text_bytes[split], sha256=sha256(first.path))
+        if more:
+            shards = {writer.path.name: writer.tokens for writer in (first, *more)}
+            meta[split] = dict(tokens=sum(shards.values()), bytes=text_bytes[split], shards=shards)
     write_json(out / "meta.json", meta)
     return meta
 

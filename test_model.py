@@ -592,6 +592,8 @@ def test_alignment_exponent_of_known_cases():
     assert train.alignment_exponent(3 * block, 5 * x[:1]) == pytest.approx(alpha, abs=1e-5)
     x[1] = 0                                                        # a token that has not moved does not count
     assert train.alignment_exponent(torch.outer(u, x[0]), x[:2]) == pytest.approx(1, abs=1e-5)
+    x[1] = x[0] * (torch.arange(d) >= 256)                          # nor does one that the weight does not see
+    assert train.alignment_exponent(block, x[:2]) == pytest.approx(alpha, abs=1e-5)
     assert math.isnan(train.alignment_exponent(torch.zeros(300, d), x))
 
 
@@ -648,6 +650,10 @@ def test_measuring_alignment_changes_no_loss_and_survives_a_kill(data, tmp_path)
             "train.batch_starts = lambda seed, step, *a: os.kill(os.getpid(), 9) if step == 7 else starts(seed, step, *a)\n"
             "train.main(sys.argv[1:])")
     assert process("-c", kill, *options(data, tmp_path / "killed", alignment_every=3)).returncode == -9
+    early = kill.replace("step == 7", "step == 2")       # before the first checkpoint: it begins again
+    assert process("-c", early, *options(data, tmp_path / "early", alignment_every=3)).returncode == -9
+    assert run(f"--out_dir={tmp_path / 'early'}", "--resume") == 0
+    assert train.read_csv(tmp_path / "early/alignment.csv") == rows
     assert "alignment_every=3 (now 2)" in run(f"--out_dir={tmp_path / 'killed'}", "--resume", "--alignment_every=2")
     assert run(f"--out_dir={tmp_path / 'killed'}", "--resume") == 0
     assert train.read_csv(tmp_path / "killed/alignment.csv") == rows
@@ -850,6 +856,12 @@ def test_run_is_not_overwritten_nor_resumed_as_another(data, tmp_path):
         (tmp_path / "other/text.txt").write_text(other)
         prepare_data.prepare(tmp_path / "other", [Path("text.txt")], tmp_path / "other", progress=False)
         assert "does not hold the tokens" in run(*options(tmp_path / "other", tmp_path), "--resume")
+    shutil.copytree(data, tmp_path / "uncounted")
+    meta = json.loads((data / "meta.json").read_text())
+    meta["val"]["bytes"] = None                 # whether somebody has counted them makes no other data
+    (tmp_path / "uncounted/meta.json").write_text(json.dumps(meta))
+    assert run(*options(tmp_path / "uncounted", tmp_path), "--resume") == 0
+    written |= {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     assert "does not exist" in run(*options(data, tmp_path / "none"), "--resume", "--sample_only")
     assert run(*options(data, tmp_path), "--bench") == 0
     assert written == {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
@@ -924,7 +936,9 @@ def append_many(path, writer):
 def test_results_of_many_processes_are_all_there(tmp_path):
     path, fork = tmp_path / "folder" / "results.csv", multiprocessing.get_context("fork")
     path.parent.mkdir()
-    (path.parent / "results.csv.123.tmp").write_text("left by a process that was killed")
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    (path.parent / f"results.csv.{dead.pid}.tmp").write_text("left by a process that was killed")
     writers = [fork.Process(target=append_many, args=(path, writer)) for writer in range(8)]
     [writer.start() for writer in writers]
     [writer.join() for writer in writers]
@@ -935,12 +949,12 @@ def test_results_of_many_processes_are_all_there(tmp_path):
 
 def test_a_file_is_never_written_in_part(tmp_path):
     path = tmp_path / "file"
-    train.write_aside(path, lambda temporary: Path(temporary).write_text("old"))
+    train.write_aside(path, lambda file: file.write(b"old"))
     with pytest.raises(ZeroDivisionError):
-        train.write_aside(path, lambda temporary: (Path(temporary).write_text("new, in p"), 1 / 0))
+        train.write_aside(path, lambda file: (file.write(b"new, in p"), 1 / 0))
     assert list(tmp_path.iterdir()) == [path]
     with open(path) as reader:
-        train.write_aside(path, lambda temporary: Path(temporary).write_text("new"))
+        train.write_aside(path, lambda file: file.write(b"new"))
         assert reader.read() == "old" and path.read_text() == "new"
 
 
@@ -948,8 +962,34 @@ def test_a_file_is_on_the_disk_before_it_replaces_another_and_so_is_its_name_bef
     events, rename = [], os.replace
     monkeypatch.setattr(os, "fsync", lambda descriptor: events.append(os.fstat(descriptor).st_ino))
     monkeypatch.setattr(os, "replace", lambda *paths: (events.append("renamed"), rename(*paths)))
-    train.write_aside(tmp_path / "file", lambda temporary: Path(temporary).write_text("new"))
+    train.write_aside(tmp_path / "file", lambda file: file.write(b"new"))
     assert events == [(tmp_path / "file").stat().st_ino, "renamed", tmp_path.stat().st_ino]
+
+
+def test_resumed_run_has_one_row_and_results_that_are_none_are_refused_at_the_start(data, tmp_path):
+    results = tmp_path / "all.csv"
+    for seed in (0, 1):
+        assert run(*options(data, tmp_path / f"{seed}", seed=seed, results=results)) == 0
+    assert run(f"--out_dir={tmp_path / '0'}", "--resume", f"--results={results}") == 0
+    assert sorted(row["seed"] for row in train.read_csv(results)) == ["0", "1"]
+    for _ in range(2):      # without an out_dir nothing is resumed: two runs are two rows
+        assert run(*options(data, "", results=results)) == 0
+    assert sorted(row["seed"] for row in train.read_csv(results)) == ["0", "0", "0", "1"]
+    results.write_bytes(b"\xff\xfe" * 100)
+    assert f"cannot read {results}" in run(*options(data, "", results=results))
+    (tmp_path / "1/log.csv").write_text("a,b\n1,2\n")
+    assert "log.csv is damaged" in run(f"--out_dir={tmp_path / '1'}", "--resume", "--results=")
+
+
+def test_temporary_files_of_the_dead_alone_are_removed(tmp_path):
+    living = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left = [tmp_path / f"file.{pid}.tmp" for pid in (living.pid, dead.pid)]
+    [path.write_text("half") for path in left]
+    prepare_data.write_json(tmp_path / "file", 1)
+    living.communicate(b"")
+    assert [path.exists() for path in left] == [True, False]
 
 
 def test_results_from_before_an_option_existed_get_its_default(tmp_path):
@@ -968,8 +1008,8 @@ def test_token_files_come_back_as_written_or_are_refused(tmp_path, vocab_size, d
     path, tokens = tmp_path / "tokens.bin", np.random.default_rng(0).integers(0, vocab_size, 1000)
     tokens[0] = vocab_size - 1
     writer = TokenWriter(path, vocab_size)
-    writer.write(tokens[:600], 1)
-    writer.write(tokens[600:], 1)
+    writer.write(tokens[:600])
+    writer.write(tokens[600:])
     assert not path.exists()
     writer.close()
     assert np.array_equal(read_tokens(path), tokens) and read_tokens(path).dtype == np.dtype(dtype)
@@ -1003,6 +1043,17 @@ def test_a_text_is_cut_in_two_and_nothing_is_lost(name, tmp_path, monkeypatch):
     for split, part in (("train", train_text), ("val", val_text)):
         digest = hashlib.sha256((tmp_path / f"out/{split}.bin").read_bytes()).hexdigest()
         assert meta[split] == dict(tokens=len(part), bytes=len(part), sha256=digest)
+
+
+def test_a_text_too_long_for_one_file_goes_to_several(data, tmp_path, monkeypatch):
+    (tmp_path / "text.txt").write_bytes(bytes(read_tokens(data / "train.bin").astype(np.uint8)) * 3)
+    monkeypatch.setattr(prepare_data, "CHUNK", 500)
+    one_text = prepared(monkeypatch, tmp_path / "text.txt", tmp_path / "one")[0]
+    monkeypatch.setattr(prepare_data, "FILE_TOKENS", 4000)
+    prepare_data.prepare(tmp_path, [Path("text.txt")], tmp_path / "several", progress=False)
+    stream, _, meta = prepare_data.read_folder(tmp_path / "several")
+    assert bytes(stream[0:len(stream)].astype(np.uint8)) == one_text and meta["train"]["bytes"] == len(one_text)
+    assert len(meta["train"]["shards"]) >= 5 and max(meta["train"]["shards"].values()) <= 4000 and "shards" not in meta["val"]
 
 
 def test_a_folders_files_go_whole_to_one_split(tmp_path, monkeypatch):
@@ -1051,7 +1102,7 @@ def sharded(folder, out, cuts):
 
 def write_tokens(path, tokens):
     writer = TokenWriter(path, 256)
-    writer.write(tokens, 0)
+    writer.write(tokens)
     writer.close()
 
 
@@ -1710,9 +1761,18 @@ def test_alignment_is_drawn_and_bad_files_are_refused(tmp_path):
     pytest.importorskip("matplotlib")
     for names in (("nugpt",), ("ngpt", "nugpt")):
         path = measurements(tmp_path, names, noise=0.02)
-        path.write_text(2 * path.read_text())       # files put one behind the other, each with its head
+        head, *lines = path.read_text().splitlines(True)
+        path.write_text("".join((head, *lines[:60], head, *lines[60:])))        # files put one behind the other, each with its head
         done = command(path, f"--plot={tmp_path}/{len(names)}.png")
         assert done.returncode == 0 and (tmp_path / f"{len(names)}.png").read_bytes()[:4] == b"\x89PNG", done.stderr
+    for other in (lines, [line.replace(",2,10,0,", ",2,40,7,") for line in lines]):    # the same runs; runs of another length
+        (tmp_path / "twice.csv").write_text("".join((head, *lines, *other)))
+        assert "is there twice, or in another depth or number of steps" in command(tmp_path / "twice.csv").stderr
+    (tmp_path / "one.csv").write_text("".join((head, *(line for line in lines if line.startswith("ngpt,48,")))))
+    done = command(tmp_path / "one.csv", f"--plot={tmp_path}/one.png")      # a single width has exponents, but no slope
+    assert done.returncode == 0 and done.stderr == "" and done.stdout.splitlines()[4].split()[2:] == ["-"] * 6
+    (tmp_path / "one.csv").write_text("".join((head, *(line for line in lines if ",48,2,10," in line))))
+    assert "needs more than one width of ngpt and nugpt" in command(tmp_path / "one.csv").stderr
     cut = [line for line in path.read_text().splitlines(True) if ",0,6," in line or not line.startswith("ngpt")]    # step 0 alone
     (tmp_path / "cut.csv").write_text("".join(cut))
     assert "must have step 0 and a later one in common, but have only [0]" in command(tmp_path / "cut.csv").stderr

@@ -19,6 +19,7 @@ import difflib
 import fcntl
 import functools
 import inspect
+import io
 import json
 import math
 import os
@@ -45,8 +46,8 @@ from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from model import GPT, GPTConfig, PlainGPT
-from parametrize import COLUMNS, MULTS, SIZES, param_groups, parametrize
-from prepare_data import get_tokenizer, prepare_stdlib, read_folder
+from parametrize import COLUMNS, MULTS, SIZES, param_groups, parametrize, read_rows
+from prepare_data import get_tokenizer, prepare_stdlib, read_folder, sync, temporary_name, write_aside, write_json
 
 
 @dataclass
@@ -235,8 +236,8 @@ def together(function):
         result = function()
     except (OSError, ValueError) as error:
         troubles[rank] = f"{error} (rank {rank})" if rank else str(error)
-    if world_size > 1:
-        dist.all_gather_object(troubles, troubles[rank])
+    if world_size > 1:      # patiently: the tokens of a large data set are all read when they are new
+        dist.all_gather_object(troubles, troubles[rank], group=dist.new_group(backend="gloo", timeout=timedelta(hours=12)))
     if any(troubles):
         raise ValueError(next(filter(None, troubles)))
     return result
@@ -287,63 +288,34 @@ def sequences(tokens, starts, seq_len, device):
 
 # ---------------------------------------------------------------- files
 
-def sync(path):
-    """Wait until the file, or the folder's list of files, is on the disk and not only in memory."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_aside(path, write):
-    """write(temporary path), then rename: the file at `path` is the old one or the whole new one, never a part, even if the
-    process is killed or the power fails."""
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        write(temporary)
-        sync(temporary)
-        os.replace(temporary, path)
-        sync(Path(path).parent)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-
-
-def clear_leftovers(path):
-    """Remove the temporary files of processes that were killed as they wrote `path`. At worst it is that of one still at work,
-    which then leaves with an error; the file at `path` is not touched."""
-    for leftover in path.parent.glob(f"{path.name}.*.tmp"):
-        leftover.unlink(missing_ok=True)
-
-
 def write_csv(path, columns, rows):
-    def write(temporary):
-        with open(temporary, "w", newline="") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(rows)
-    write_aside(path, write)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns)
+    writer.writeheader()
+    writer.writerows(rows)
+    write_aside(path, lambda file: file.write(text.getvalue().encode()))
 
 
 def read_csv(path):
-    if not os.path.exists(path):
-        return []
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
+    return read_rows(path) if os.path.exists(path) else []
 
 
 def append_result(path, row):
-    """Add a row to a .csv to which other processes add too: under a lock on its folder, by writing the file anew. Rows from
-    before some option existed get that option's default."""
+    """
+    Add a row to a .csv to which other processes add too: under a lock on its folder, by writing the file anew. It takes the
+    place of one that the same run, resumed since, has left. Rows from before some option existed get that option's default.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = os.open(path.parent, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        clear_leftovers(path)
         old, defaults = read_csv(path), asdict(Config())
         columns = dict.fromkeys([*row, *(old[0] if old else ())])
-        write_csv(path, columns, [{key: r.get(key, defaults.get(key, "")) for key in columns} for r in (*old, row)])
+        run = [key for key in defaults if key in row and (key not in FREE_ON_RESUME or key == "out_dir")]
+        rows = [{key: r.get(key, defaults.get(key, "")) for key in columns} for r in (*old, row)]
+        replaced = [r for r in rows[:-1] if row.get("out_dir") and all(str(r[key]) == str(row[key]) for key in run)]
+        write_csv(path, columns, [r for r in rows if r not in replaced])
     finally:
         os.close(lock)
 
@@ -390,7 +362,7 @@ def alignment_exponent(weight, x):
     there is one: a token that no batch has had has not moved. nan if there is none.
     """
     ratio = rms(F.linear(x, weight)) / (rms(weight.flatten()) * rms(x))
-    return (ratio[ratio.isfinite()].log().mean() / math.log(weight.size(1))).item()
+    return (ratio[ratio.isfinite() & (ratio > 0)].log().mean() / math.log(weight.size(1))).item()
 
 
 @torch.no_grad()
@@ -572,8 +544,9 @@ def main(argv):
         return 0
     try:
         train, val, meta = (None, None, checkpoint["data"]) if config.sample_only else load_data(config)
-        if checkpoint and any(meta[split] != checkpoint["data"][split] for split in ("train", "val")):
+        if checkpoint and any({**meta[split], "bytes": 0} != {**checkpoint["data"][split], "bytes": 0} for split in ("train", "val")):
             raise ValueError(f"{config.data} does not hold the tokens that {config.out_dir}/ckpt.pt was trained on")
+        read_csv(config.results or os.devnull)      # a file that is no table is refused now, not when the run ends
         config.vocab_size = config.vocab_size or 64 * math.ceil(meta["vocab_size"] / 64)
         if config.vocab_size < meta["vocab_size"]:
             raise ValueError(f"vocab_size must be at least {meta['vocab_size']}, the vocabulary of {config.data}, "
@@ -588,13 +561,13 @@ def main(argv):
     if checkpoint:
         try:
             model.load_state_dict(checkpoint["model"])
-            optimizer.load_state_dict(checkpoint["optimizer"])
+            optimizer.load_state_dict(copy.deepcopy(checkpoint["optimizer"]))      # or it would stay in the file, mapped to memory
             if initial:
                 initial.load_state_dict(checkpoint["initial"])
         except (LookupError, RuntimeError, TypeError, ValueError) as error:
             fail(f"{config.out_dir}/ckpt.pt is of another version of this program ({type(error).__name__})")
         step, seconds, train_loss, val_loss = (checkpoint[key] for key in ("step", "seconds", "train_loss", "val_loss"))
-        checkpoint = None       # or the file, which is mapped to memory, would take its place on the disk when it is a new one's
+        checkpoint = None       # or the old file would take its place on the disk after the next has replaced it
     if world_size > 1:
         steps = torch.tensor([step, -step], device=device)
         dist.all_reduce(steps, dist.ReduceOp.MAX)
@@ -621,33 +594,33 @@ def main(argv):
         + ("" if meta["val"].get("bytes") else "; bits_per_byte will be nan, as nobody has counted that split's bytes"))
 
     out_dir = Path(config.out_dir) if config.out_dir and rank == 0 else None
+    tables = {"log.csv": LOG_COLUMNS} | ({"alignment.csv": ALIGNMENT_COLUMNS} if initial else {})
     if out_dir:
         out_dir.mkdir(parents=True, exist_ok=True)
-        for name in ("ckpt.pt", "log.csv", "alignment.csv", "config.json"):
-            clear_leftovers(out_dir / name)
         rates = {group["name"]: group["lr_scale"] * config.learning_rate for group in optimizer.param_groups}
         record = dict(config=asdict(config), peak_learning_rates=rates, model=asdict(model.config), parameters=model.num_params(),
                       processes=world_size, device=device_name, data=meta, **versions())
-        write_aside(out_dir / "config.json", lambda path: Path(path).write_text(json.dumps(record, indent=1) + "\n"))
-        for name, columns in (("log.csv", LOG_COLUMNS), ("alignment.csv", ALIGNMENT_COLUMNS))[:2 if initial else 1]:
-            rows = [row for row in read_csv(out_dir / name) if row[columns[-1]] is not None]        # None: cut off, by a full disk
-            write_csv(out_dir / name, columns, [row for row in rows if int(row["step"]) <= step])
+        write_json(out_dir / "config.json", record)
+        temporary_name(out_dir / "ckpt.pt")         # makes room now, not at the first checkpoint
+        for name, columns in tables.items():
+            try:        # keep what goes before the checkpoint; None: a row was cut off, by a full disk
+                rows = [row for row in read_csv(out_dir / name) if row[columns[-1]] is not None and step and int(row["step"]) <= step]
+            except (KeyError, TypeError, ValueError):
+                fail(f"{out_dir / name} is damaged, or of another version of this program; move it away")
+            write_csv(out_dir / name, columns, rows)
 
-    def append(name, columns, rows):
+    def append(name, *rows):
         if out_dir:
             with open(out_dir / name, "a", newline="") as file:
-                csv.DictWriter(file, columns).writerows(rows)
-
-    def log(**row):
-        append("log.csv", LOG_COLUMNS, [row])
+                csv.DictWriter(file, tables[name]).writerows(rows)
 
     def measure_alignment():
         if out_dir:
             tokens, targets = sequences(val, val_starts[:max(1, ALIGNMENT_TOKENS // config.seq_len)], config.seq_len, device)
             rows, loss = alignment(model, initial, tokens, targets)
             run = {key: getattr(config, key) for key in ("parametrization", "width", "depth", "steps", "seed")}
-            append("alignment.csv", ALIGNMENT_COLUMNS, [{**run, "step": step, "loss": f"{loss:.6f}", **{
-                key: f"{cell:.5g}" if isinstance(cell, float) else cell for key, cell in row.items()}} for row in rows])
+            append("alignment.csv", *({**run, "step": step, "loss": f"{loss:.6f}", **{
+                key: f"{cell:.5g}" if isinstance(cell, float) else cell for key, cell in row.items()}} for row in rows))
 
     def evaluate():
         """Mean loss over the sequences at val_starts, in nats a token; each rank takes its share."""
@@ -673,18 +646,14 @@ def main(argv):
 
     def save_checkpoint():
         """All that the next step depends on; no random state, as a step draws nothing and its batch follows from its number."""
-        def write(path):
-            with open(path, "wb") as file:      # given a path, torch.save would not say why it could not write
-                torch.save(state, file)
-
         if out_dir:
             state = dict(config=asdict(config), model_config=asdict(model.config), data=meta, model=model.state_dict(),
                          optimizer=optimizer.state_dict(), initial=initial and initial.state_dict(), step=step, seconds=seconds,
                          train_loss=train_loss, val_loss=val_loss)
-            for name in ("log.csv", "alignment.csv")[:2 if initial else 1]:
+            for name in tables:
                 sync(out_dir / name)            # they are never behind the checkpoint
             try:
-                write_aside(out_dir / "ckpt.pt", write)
+                write_aside(out_dir / "ckpt.pt", lambda file: torch.save(state, file))
             except (OSError, RuntimeError) as error:        # torch.save hides the first behind the second
                 reason = error if isinstance(error, OSError) else error.__context__ or error
                 raise OSError(f"the checkpoint of step {step} could not be written ({reason}); the last is untouched") from error
@@ -764,10 +733,10 @@ def main(argv):
             finite.append(torch.stack([weight.sum() for weight in model.parameters()]).sum().item())
         if not all(map(math.isfinite, finite)):
             status, val_loss = "diverged", math.nan
-            log(**row, status=status)
+            append("log.csv", row | dict(status=status))
             break
         if logging:
-            log(**row, status=status if last else "")
+            append("log.csv", row | dict(status=status if last else ""))
         if measuring:
             measure_alignment()
         if saving:
@@ -790,7 +759,8 @@ def main(argv):
         print_sample(model, config, meta["tokenizer"], autocast)
     if status == "stopped":
         per_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        launcher = "python" if world_size == 1 else f"torchrun --nnodes={world_size // per_node} --nproc_per_node={per_node}"
+        nodes = f"--nnodes={world_size // per_node} " + ("--rdzv_endpoint=… " if world_size > per_node else "")
+        launcher = "python" if world_size == 1 else f"torchrun {nodes}--nproc_per_node={per_node}"
         command = shlex.join((sys.argv[0], f"--out_dir={config.out_dir}", "--resume"))
         say(f"stopped after step {step}; to continue: {launcher} {command}")
     else:
