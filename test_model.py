@@ -1,5 +1,5 @@
 """
-Tests of all that can be tested without a network or a GPU: `python -m pytest`, about a minute on two CPU cores.
+Tests of all that can be tested without a network or a GPU: `python -m pytest`, about two minutes on two CPU cores.
 
 Every test states one claim, and was seen to fail with the code it guards broken. Sizes are tiny, since a wrong factor or axis
 is as wrong at width 32 as at 4096. Sections are those of νGPT (arXiv:2604.27077).
