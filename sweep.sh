@@ -3,7 +3,7 @@
 #
 #   ./sweep.sh laptop       width 48 to 192, one seed: under 30 minutes on two cores
 #   ./sweep.sh width        the paper's axes, sized for the machine at hand and with three seeds. Core-hours, on a CPU:
-#   ./sweep.sh depth          width 4, depth 3.5, steps 2.5, joint 1.5; one process a core shares them out
+#   ./sweep.sh depth          width 4, depth 3.5, steps 2.5, joint 1.5, classes 1; one process a core shares them out
 #   ./sweep.sh steps
 #   ./sweep.sh joint        width, depth and steps together
 #   ./sweep.sh classes      width, where one η stays and the rate of one tensor class at a time is swept: what does each need?
