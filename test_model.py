@@ -740,7 +740,7 @@ def test_ranks_told_to_stop_at_different_steps_stop_at_one_and_resume_bit_equal(
 
 
 def test_torchrun_told_to_stop_saves_and_a_rank_that_dies_takes_all_down(data, tmp_path):
-    """Two real launches: the second goes on as the first says, until rank 1 is killed."""
+    """Three real launches: the second and third go on as the one before says, the last until rank 1 is killed."""
     script, out_dir = tmp_path / "script.py", tmp_path / "out"
     script.write_text("import os, sys, train; starts = train.batch_starts\n"
                       "dies = lambda step: train.rank == 1 and str(step) == os.environ.get('DIES_AT')\n"
@@ -749,19 +749,25 @@ def test_torchrun_told_to_stop_saves_and_a_rank_that_dies_takes_all_down(data, t
                       "sys.exit(train.main(sys.argv[1:]))")
     torchrun = ["-m", "torch.distributed.run", "--standalone"]
     env = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
-    started = subprocess.Popen([sys.executable, *torchrun, "--nproc_per_node=2", script, *options(data, out_dir, steps=10 ** 5)],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **env})
-    while started.poll() is None and not ((out_dir / "log.csv").exists() and len(log(out_dir)) > 3):
-        time.sleep(0.05)
-    told = time.time()
-    started.terminate()
-    said, errors = started.communicate()
-    assert started.returncode != 0 and time.time() - told < 30, errors                              # 30 s: torchrun kills by then
-    step = checkpoint(out_dir)["step"]
-    assert said.count("stopped after step") == 1 and f"step {step}; to continue: torchrun --nnodes=1 --nproc_per_node=2 " in said
 
+    def told(number, *command):
+        """Start it, send it the signal after three steps as a terminal would, and return the command that it says continues."""
+        before = len(train.read_csv(out_dir / "log.csv"))
+        started = subprocess.Popen([sys.executable, *torchrun, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                   env={**os.environ, **env}, start_new_session=True)
+        while started.poll() is None and len(train.read_csv(out_dir / "log.csv")) <= before + 3:
+            time.sleep(0.05)
+        at = time.time()
+        os.killpg(started.pid, number)
+        said, errors = started.communicate()
+        assert started.returncode != 0 and time.time() - at < 30, errors                            # 30 s: torchrun kills by then
+        assert said.count("stopped after step") == 1, errors
+        continues = f"step {checkpoint(out_dir)['step']}; to continue: torchrun --nnodes=1 --nproc_per_node=2 "
+        return shlex.split("--nproc_per_node=2 " + said.split(continues)[1])
+
+    command = told(signal.SIGTERM, "--nproc_per_node=2", script, *options(data, out_dir, steps=10 ** 5))
+    command, step = told(signal.SIGINT, *command), checkpoint(out_dir)["step"]
     began = time.time()
-    command = shlex.split(said.split("torchrun ")[1])
     done = process(*torchrun, *command, **env, DIES_AT=str(step + 3))
     assert done.returncode != 0 and "exitcode  : -9" in done.stderr and time.time() - began < 60
     assert len(log(out_dir)) == step + 3
