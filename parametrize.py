@@ -755,8 +755,9 @@ def verdict_main():
     parser.error = lambda message: sys.exit(f"parametrize.py: {message} (see python parametrize.py RESULTS.csv --help)")
     args = parser.parse_args()
     try:
-        if os.path.exists(args.results) and "omega" in next(iter(read_rows(args.results)), ()):
-            runs = read_alignment(read_rows(args.results), args.results)
+        measured = read_rows(args.results) if os.path.exists(args.results) else []
+        if measured and "omega" in measured[0]:
+            runs = read_alignment(measured, args.results)
             several = len({name for name, _, _ in runs}) > 1
             print((report_coordinates if several else report_alignment)(runs))
             if args.plot:

@@ -562,7 +562,7 @@ def main(argv):
         try:
             model.load_state_dict(checkpoint["model"])
             optimizer.load_state_dict(copy.deepcopy(checkpoint["optimizer"]))      # or it would stay in the file, mapped to memory
-            if initial:
+            if initial:     # kept, as the same seed gives other weights on another device
                 initial.load_state_dict(checkpoint["initial"])
         except (LookupError, RuntimeError, TypeError, ValueError) as error:
             fail(f"{config.out_dir}/ckpt.pt is of another version of this program ({type(error).__name__})")
@@ -702,9 +702,11 @@ def main(argv):
         step += 1
         bar.update()
 
-        stopping = torch.tensor(len(signals))
-        if world_size > 1:
-            dist.all_reduce(stopping)       # a signal reaches ranks at different steps; on the CPU, so that no GPU is waited for
+        stopping = bool(signals)
+        if world_size > 1 and handlers:
+            told = torch.tensor(len(signals))
+            dist.all_reduce(told)           # a signal reaches ranks at different steps; on the CPU, so that no GPU is waited for
+            stopping = bool(told)
         first, last = clock_step is None, step == config.steps
         evaluating, saving = step % config.eval_every == 0 or last, step % config.checkpoint_every == 0 or last or stopping
         logging = evaluating or step % config.log_every == 0
