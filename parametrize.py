@@ -192,7 +192,9 @@ def main():
 
 SIZES = ["width", "depth", "steps", "base_width", "base_depth", "base_steps"]
 MULTS = [f"{tensors}_lr_mult" for tensors in TENSOR_CLASSES]
-NUMBERS = {**dict.fromkeys((*SIZES, "seed", "parameters"), int), **dict.fromkeys((*MULTS, "learning_rate", "val_loss"), float)}
+RECIPE = ["warmup_steps", "weight_decay"]       # a plain GPT needs some, a normalized one none
+NUMBERS = {**dict.fromkeys((*SIZES, "seed", "parameters", "warmup_steps"), int),
+           **dict.fromkeys((*MULTS, "weight_decay", "learning_rate", "val_loss"), float)}
 ALPHAS = ["attn_alpha", "mlp_alpha"]
 RUN = [key for key in NUMBERS if key not in ("parameters", "val_loss")]
 MAY_DIFFER = {      # between the runs of one sweep
@@ -213,7 +215,7 @@ def one_class_at_a_time(runs):
 
 def read_run(options, keys, where):
     """{option: text} with numbers as numbers and inf as a diverged run's val_loss. Raises ValueError."""
-    run = {"status": "", **dict.fromkeys(MULTS, 1), "unembedding_lr_mult": -1, **options}     # train.py's defaults
+    run = {"status": "", **dict.fromkeys(RECIPE, 0), **dict.fromkeys(MULTS, 1), "unembedding_lr_mult": -1, **options}   # train.py's defaults
     for key in keys:
         try:
             run[key] = NUMBERS[key](run[key])
@@ -244,8 +246,11 @@ def read_results(path):
     runs = [read_run(row, NUMBERS, f"{path}, line {i}") for i, row in enumerate(rows, 2)]
     may_differ = MAY_DIFFER.union(MULTS if one_class_at_a_time(runs) else ())
     for key in list(rows[0])[:list(rows[0]).index("step")]:     # the configuration; what comes then is the outcome
-        if key not in may_differ and len(values := {str(row[key]) for row in rows}) > 1:
-            raise ValueError(f"{path} mixes runs with {key} = {' and '.join(sorted(values))}; give each its own file")
+        alike = {}      # runs that must agree: all, or in a column's own recipe those of a column and length
+        for row in rows if key not in may_differ else ():
+            alike.setdefault((row["parametrization"], row.get("steps")) if key in RECIPE else "all", set()).add(str(row[key]))
+        if mixed := [values for values in alike.values() if len(values) > 1]:
+            raise ValueError(f"{path} mixes runs with {key} = {' and '.join(sorted(mixed[0]))}; give each its own file")
     return runs
 
 
@@ -284,14 +289,16 @@ def curve(runs):
     # The five η nearest the best, as many on its left as on its right: three, or one, if others are missing or diverged.
     half = max((k for k in (1, 2) if k <= best < len(x) - k and np.isfinite(mean[best - k:best + k + 1]).all()), default=0)
     window, step = slice(best - half, best + half + 1), float(np.median(np.diff(x))) if len(x) > 1 else 0.5
-    add = [(a, seed) for a in x[max(best - 2, 0):best + 3].tolist() for seed in seeds if (a, seed) not in runs]
+    # A seed needs its middle and ends; that they say nearly as much as five makes dear seeds cheaper.
+    needed = [best + i for i in (-2, 0, 2) if 0 <= best + i < len(x)]
+    add = [(a, seed) for a in x[needed].tolist() for seed in seeds if (a, seed) not in runs]
     for edge, outward, beyond in ((x[0], -step, mean[:best][::-1]), (x[-1], step, mean[best + 1:])):
         if not np.isinf(beyond[:2]).any():      # behind a divergence there is nothing to look for
             add += [(round(float(edge) + outward * i, 4), seed) for i in range(1, 3 - len(beyond)) for seed in seeds]
     alphas = [float(runs[x[best], seed].get(key) or "nan") for seed in seeds if (x[best], seed) in runs for key in ALPHAS]
     return dict(x=x, loss=loss, seeds=seeds, mean=mean, best=best, half=half, window=window, add=add, eta=float(x[best]),
                 alpha=float(np.mean(alphas)),       # mean |α| at the end of the best runs
-                complete=[i for i in range(len(seeds)) if np.isfinite(loss[i, window]).all()])
+                complete=[i for i in range(len(seeds)) if np.isfinite(loss[i, [best - half, best, best + half]]).all()])
 
 
 def fit(curves):
@@ -299,8 +306,11 @@ def fit(curves):
     loss = a[size, seed] + c · (log2 η - optimum[size, seed])² over the windows, one c for all, by linear least squares.
     Returns {(log2 size, seed): (optimum, its variance judging by the scatter about the parabolas)}, degrees of freedom.
     """
-    points = {(math.log2(size), one["seeds"][i]): (one["x"][one["window"]], one["loss"][i, one["window"]])
-              for size, one in curves.items() if one["half"] for i in one["complete"]}
+    points = {}
+    for size, one in curves.items():
+        for i in one["complete"] if one["half"] else ():
+            x, loss = one["x"][one["window"]], one["loss"][i, one["window"]]
+            points[math.log2(size), one["seeds"][i]] = x[np.isfinite(loss)], loss[np.isfinite(loss)]
     slopes, bend, rest = {}, [], []
     for key, (x, loss) in points.items():       # c is judged by what a straight line leaves of each curve
         u = x - x.mean()
@@ -437,6 +447,22 @@ def judge(rows, axis=None, control="ngpt"):
     return axis, verdicts
 
 
+def steps_saved(verdicts, control):
+    """
+    Rows (column, steps, best loss, "2.1 × the steps"): how long the control, at its own best η, must train for that loss, read
+    off its best losses as a polygon over log steps. None of columns that are the control's own runs.
+    """
+    def best(name):
+        return {size: float(one["mean"][one["best"]]) for size, one in verdicts[name]["curves"].items()}
+
+    theirs = best(control) if control in verdicts else {}
+    falling = sorted((loss, math.log2(size)) for size, loss in theirs.items())
+    for name in verdicts:
+        for size, loss in best(name).items() if theirs and best(name) != theirs else ():
+            bound = "> " if loss < falling[0][0] else "< " if loss > falling[-1][0] else ""
+            yield name, f"{size:,}", f"{loss:.4f}", f"{bound}{2 ** np.interp(loss, *zip(*falling)) / size:.2f} × the steps"
+
+
 def table(*rows):
     """Rows of text as aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows)]
@@ -466,6 +492,7 @@ def report(axis, verdicts, control="ngpt"):
         table(("column", "drift [95 % interval]", f"less {control}'s [95 % interval]", "worst regret", "same best η?"),
               *((name, interval(one["drift"]), interval(one["difference"]), regret(one["regret"]), one["same"])
                 for name, one in verdicts.items())),
+        *([table(("column", "steps", "best loss", f"{control} needs"), *saved)] if axis == "steps" and (saved := list(steps_saved(verdicts, control))) else ()),
         table((f"power of {axis} in η of", *TENSOR_CLASSES),
               *((name, *(f"{verdict['powers'][key]:+.2f} → {verdict['powers'][key] + verdict['drift'][0]:+.2f}"
                          if key in verdict["powers"] else "-" for key in TENSOR_CLASSES))
@@ -509,7 +536,8 @@ def draw(axis, verdicts, path):
         for size, one in verdict["curves"].items():
             color, x, mean, diverged = colors[size], one["x"], one["mean"], np.isinf(one["mean"])
             near.extend(one["loss"][:, max(one["best"] - 3, 0):one["best"] + 4].ravel())
-            panel.plot(x, one["loss"].T, ".-", color=color, lw=0.5, ms=2.5, alpha=0.5)
+            for loss in one["loss"]:
+                panel.plot(x[np.isfinite(loss)], loss[np.isfinite(loss)], ".-", color=color, lw=0.5, ms=2.5, alpha=0.5)
             panel.plot(x[~diverged], mean[~diverged], "o-", color=color, lw=1.6, ms=3.5, label=f"{size:,}")
             panel.plot(x[diverged], np.full(diverged.sum(), 0.97), "x", color=color, transform=panel.get_xaxis_transform())
             if one["half"]:     # else its best is not known
@@ -543,8 +571,9 @@ def missing(rows, verdicts, wanted):
     may_differ = MAY_DIFFER.union(MULTS if one_class_at_a_time(rows + runs) else ())
     for (line, options), run in zip(lines, runs):
         for key in options.keys() - may_differ:
-            if rows and run[key] != rows[0].get(key, run[key]):
-                raise ValueError(f"the results are of {key}={rows[0][key]}, not {key}={run[key]}; give each its own file")
+            there = next((row for row in rows if key not in RECIPE or all(row[k] == run[k] for k in ("parametrization", "steps"))), {})
+            if run[key] != there.get(key, run[key]):
+                raise ValueError(f"the results are of {key}={there[key]}, not {key}={run[key]}; give each its own file")
         todo.setdefault(identity(run), line)
     if todo.keys() <= done:
         add = [(verdict["key"], one["run"], *point) for verdict in verdicts.values() for one in verdict["curves"].values()

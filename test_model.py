@@ -1452,7 +1452,8 @@ def test_no_network_is_said_within_ten_seconds(source, words, listening, tmp_pat
 
 GRID = tuple(np.arange(-8.5, -3.9, 0.5))
 CONFIG = dict(parametrization="ngpt", width=48, depth=4, head_dim=24, base_width=48, base_depth=4, base_steps=400,
-              embedding_lr_mult=1.0, unembedding_lr_mult=0.5, learning_rate=0.02, steps=400, batch_size=16, seed=0,
+              embedding_lr_mult=1.0, unembedding_lr_mult=0.5, warmup_steps=0, weight_decay=0.0, learning_rate=0.02, steps=400,
+              batch_size=16, seed=0,
               device="cpu", step=400, val_loss=2.0, parameters=1000, status="finished")
 
 
@@ -1591,6 +1592,24 @@ def test_steps_without_m_t_is_with_shifted(run_as, other, shift):
         assert verdict["powers"]["hidden"] + verdict["drift"][0] == pytest.approx(power, abs=1e-3)
 
 
+def test_steps_that_the_plain_model_needs_for_the_same_loss():
+    """The plain model's best loss falls by 0.1 with each doubling; nGPT's is 0.05 lower after as many steps."""
+    rows = sweep(dict(gpt_sp=0.0, ngpt=0.0), sizes=(400, 800, 1600), axis="steps")
+    for i, row in enumerate(rows):
+        row["val_loss"] = 2.0 - 0.1 * math.log2(row["steps"] / 400) + 0.03 * (math.log2(row["learning_rate"]) + 6) ** 2
+    rows += [{**row, "parametrization": "ngpt", "val_loss": row["val_loss"] - 0.05} for row in rows if row["steps"] == 400]
+    for row in rows:
+        if row["parametrization"] == "ngpt" and row["steps"] > 400:
+            row["val_loss"] -= 0.05
+    _, verdicts = judge(rows, control="gpt_sp")
+    saved = list(parametrize_py.steps_saved(verdicts, "gpt_sp"))
+    assert [row[:2] for row in saved if row[0] == "ngpt"] == [("ngpt", "400"), ("ngpt", "800"), ("ngpt", "1,600")]
+    assert [row[3] for row in saved if row[0] == "ngpt"] == ["1.41 × the steps", "1.41 × the steps", "> 1.00 × the steps"]
+    assert "gpt_sp needs" in parametrize_py.report("steps", verdicts, "gpt_sp")
+    _, verdicts = judge(sweep(dict(nugpt=0.0), sizes=(400, 800), axis="steps"))     # ngpt's runs are nugpt's: nothing to compare
+    assert "ngpt needs" not in parametrize_py.report("steps", verdicts)
+
+
 def test_a_narrow_grid_is_reported_with_what_to_add():
     rows = sweep(dict(ngpt=-0.75), grid=(-6.5, -6, -5.5, -5))
     one = judge(rows)[1]["ngpt"]["curves"]
@@ -1659,7 +1678,19 @@ def test_an_unfinished_seed_does_not_misplace_the_best():
              for row in rows if row["seed"] == 0 and row["learning_rate"] == 2 ** -7]
     one = judge(rows)[1]["ngpt"]["curves"][96]
     assert one["x"][one["best"]] == -6 and one["seeds"] == [0, 1, 2] and one["complete"] == [0, 1]
-    assert one["add"] == [(x, 2) for x in (-6.5, -6, -5.5, -5)]
+    assert one["add"] == [(x, 2) for x in (-6, -5)]
+
+
+def test_a_seed_may_leave_out_every_other_rate_but_not_the_best_nor_the_ends():
+    rows = [row for row in sweep(dict(ngpt=-0.5)) if row["seed"] == 0 or row["learning_rate"] in (2 ** -8, 2 ** -7, 2 ** -6, 2 ** -5)]
+    verdict = judge(rows)[1]["ngpt"]
+    one = verdict["curves"][192]            # best at -7: the window is -8 to -6
+    assert one["complete"] == [0, 1, 2] and one["add"] == []
+    assert [verdict["optima"][math.log2(192), seed][0] for seed in range(3)] == pytest.approx([-7] * 3, abs=1e-6)
+    for left_out in (-7, -8):
+        fewer = [row for row in rows if row["seed"] != 1 or row["width"] != 192 or row["learning_rate"] != 2 ** left_out]
+        one = judge(fewer)[1]["ngpt"]["curves"][192]
+        assert one["complete"] == [0, 2] and one["add"] == [(left_out, 1)]
 
 
 def test_more_seeds_at_small_sizes():
@@ -1812,6 +1843,12 @@ def test_missing_runs(tmp_path):
                     {**CONFIG, "parametrization": "ngpt", "learning_rate": 2.0 ** -6, "width": 96}])
     # the base run is there under the other name; ngpt at 96, too
     assert command(results, "--missing", stdin=base + wide).stdout == wide.splitlines(True)[1]
+    # a plain GPT may have warm-up where nGPT has none, but all its runs of a length the same
+    write(results, [CONFIG, {**CONFIG, "parametrization": "gpt_sp", "warmup_steps": 40, "learning_rate": 2.0 ** -6}])
+    more = line(parametrization="gpt_sp", warmup_steps=40, learning_rate=2.0 ** -7)
+    assert command(results, "--missing", stdin=more).stdout == more
+    done = command(results, "--missing", stdin=more.replace("warmup_steps=40", "warmup_steps=50"))
+    assert done.returncode == 1 and "warmup_steps=40, not warmup_steps=50" in done.stderr
     done = command(results, "--missing", stdin=line(batch_size=32))
     assert done.returncode == 1 and "batch_size=16, not batch_size=32" in done.stderr and done.stderr.count("\n") == 1
 
@@ -1847,6 +1884,7 @@ def bad_files(tmp_path):
     yield "line 2: seed must be a possible number, not 'x'", write(tmp_path / "word.csv", [{**rows[0], "seed": "x"}])
     yield "must be a possible number, not -1.0", write(tmp_path / "negative.csv", [{**rows[0], "learning_rate": -1}])
     yield "mixes runs with batch_size = 16 and 32", write(tmp_path / "mixed.csv", [*rows, {**rows[0], "batch_size": 32}])
+    yield "mixes runs with warmup_steps = 0 and 40", write(tmp_path / "recipe.csv", [*rows, {**rows[0], "warmup_steps": 40}])
     yield "mixes runs with hidden_lr_mult = 1 and 2", write(tmp_path / "mult.csv", [
         {"hidden_lr_mult": 1 + (row["width"] == 96), **row} for row in rows])
     yield "no parametrization 'mine'", write(tmp_path / "mine.csv", [*rows, {**rows[0], "parametrization": "mine"}])
