@@ -57,7 +57,7 @@ RESULTS=${RESULTS:-assets/$axis.csv}
 PICTURE=${PICTURE:-${RESULTS%.csv}.png}
 PYTHON=${PYTHON:-python}
 
-IFS=: read -r base_width base_depth base_steps <<< "${SIZES%% *}"
+IFS=: read -r base_width base_depth base_steps <<< "${BASE:-${SIZES%% *}}"      # the smallest size, if not said otherwise
 fixed="--base_width=$base_width --base_depth=$base_depth --base_steps=$base_steps --head_dim=$HEAD_DIM --seq_len=$SEQ_LEN
  --batch_size=$BATCH_SIZE --micro_batch_size=0 --unembedding_lr_mult=$UNEMBEDDING_LR_MULT
  --data=$DATA --eval_tokens=${EVAL_TOKENS:-262144} --eval_every=1000000 --out_dir= --sample_tokens=0 ${TRAIN_OPTIONS:-}"

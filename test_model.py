@@ -1873,6 +1873,46 @@ def test_missing_runs_have_the_name_of_those_that_are_there(tmp_path):
     assert all({"--parametrization=nugpt", f"--learning_rate={2.0 ** -5}"} <= set(text.split()) for text in lines)
 
 
+def test_sweep_runs_what_is_missing_names_what_failed_and_ends_with_the_verdict(data, tmp_path):
+    pytest.importorskip("matplotlib")
+    results = tmp_path / "a.csv"
+
+    def sweep(**env):
+        settings = dict(SIZES="16:1:4 32:1:4 20:1:4", BASE="16:1:4", RULES="ngpt nugpt", SEEDS="0", GRID="-6 -5 20", ROUNDS="0", GPUS="", JOBS="2",
+                        HEAD_DIM="8", SEQ_LEN="16", BATCH_SIZE="4", EVAL_TOKENS="304", DATA=data, RESULTS=results, PYTHON=sys.executable,
+                        TRAIN_OPTIONS="--device=cpu --dtype=float32 --compile=False")
+        return subprocess.run(["bash", HERE / "sweep.sh", "width"], capture_output=True, text=True,
+                              env={**os.environ, **{key: str(setting) for key, setting in {**settings, **env}.items()}})
+
+    # three η at width 16, where the columns are one, and three a column at each other width
+    dry = sweep(DRY=1).stdout.splitlines()
+    assert len(dry) == 15 and not results.exists() and all(command.startswith("OMP_NUM_THREADS=1 ") for command in dry)
+    subprocess.run(["bash", "-c", dry[0]], cwd=HERE, check=True, capture_output=True)       # a command from the list, run elsewhere
+    done = sweep()
+    rows = train.read_csv(results)
+    assert done.returncode == 1, done.stderr                # width 20 is no multiple of head_dim, and stops nobody
+    assert done.stdout.startswith("14 runs to do, 2 at a time") and "\n14 of 14 runs done, about 0 min left" in done.stdout
+    assert done.stdout.count("FAILED: train.py: width must be a positive multiple of head_dim=8, not 20") == 6
+    assert done.stdout.split("failed, and tried again by the same command:")[1].count("width=20") == 6
+    assert sorted((row["width"], row["status"]) for row in rows) == sorted(
+        [("16", "finished")] * 2 + [("16", "diverged")] + [("32", "finished")] * 4 + [("32", "diverged")] * 2)
+    assert "same best η?" in done.stdout and (tmp_path / "a.png").exists()
+    # the grid is there: what runs now is a learning rate beyond it, as the least one was the best
+    done = sweep(SIZES="16:1:4 32:1:4")
+    assert done.returncode == 0 and done.stdout.startswith("3 runs to do") and train.read_csv(results)[:9] == rows
+    assert all(float(row["learning_rate"]) < 2 ** -6 for row in train.read_csv(results)[9:]) and len(train.read_csv(results)) == 12
+
+
+def test_numbers_in_the_readme_are_those_of_the_tables():
+    """Under each `python parametrize.py assets/….csv` of the README that is followed by a block stands what it prints, or some lines."""
+    readme = (HERE / "README.md").read_text()
+    blocks = re.findall(r"`python (parametrize\.py assets/[^`]*)`[^`]*?\n```\n(.*?)```", readme, re.S)
+    assert len(blocks) >= 2
+    for command, block in blocks:
+        printed = process(*shlex.split(command)).stdout.splitlines()
+        assert [line for line in block.splitlines() if line not in printed] == [], command
+
+
 def bad_files(tmp_path):
     rows = sweep(dict(ngpt=0.0))
     yield "cannot read", tmp_path / "none.csv"
