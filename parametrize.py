@@ -192,7 +192,7 @@ def main():
 
 SIZES = ["width", "depth", "steps", "base_width", "base_depth", "base_steps"]
 MULTS = [f"{tensors}_lr_mult" for tensors in TENSOR_CLASSES]
-RECIPE = ["warmup_steps", "weight_decay"]       # a plain GPT needs some, a normalized one none
+RECIPE = ["warmup_steps", "weight_decay"]       # may differ between columns: a plain GPT needs some, a normalized one none
 NUMBERS = {**dict.fromkeys((*SIZES, "seed", "parameters", "warmup_steps"), int),
            **dict.fromkeys((*MULTS, "weight_decay", "learning_rate", "val_loss"), float)}
 ALPHAS = ["attn_alpha", "mlp_alpha"]
@@ -200,7 +200,7 @@ RUN = [key for key in NUMBERS if key not in ("parameters", "val_loss")]
 MAY_DIFFER = {      # between the runs of one sweep
     "parametrization", "width", "depth", "steps", "learning_rate", "seed", "micro_batch_size", "out_dir", "results",
     "resume", "sample_only", "prompt", "sample_tokens", "log_every", "eval_every", "checkpoint_every", "alignment_every",
-    "device", "compile", "bench"}
+    "device", "compile", "bench", *RECIPE}
 
 
 def log2(number):
@@ -246,12 +246,25 @@ def read_results(path):
     runs = [read_run(row, NUMBERS, f"{path}, line {i}") for i, row in enumerate(rows, 2)]
     may_differ = MAY_DIFFER.union(MULTS if one_class_at_a_time(runs) else ())
     for key in list(rows[0])[:list(rows[0]).index("step")]:     # the configuration; what comes then is the outcome
-        alike = {}      # runs that must agree: all, or in a column's own recipe those of a column and length
-        for row in rows if key not in may_differ else ():
-            alike.setdefault((row["parametrization"], row.get("steps")) if key in RECIPE else "all", set()).add(str(row[key]))
-        if mixed := [values for values in alike.values() if len(values) > 1]:
-            raise ValueError(f"{path} mixes runs with {key} = {' and '.join(sorted(mixed[0]))}; give each its own file")
+        if key not in may_differ and len(values := {str(row[key]) for row in rows}) > 1:
+            raise ValueError(f"{path} mixes runs with {key} = {' and '.join(sorted(values))}; give each its own file")
+    recipes(runs)
     return runs
+
+
+def recipe(run):
+    return tuple(run[key] for key in RECIPE)
+
+
+def recipes(runs):
+    """{(column, steps): its recipe}. Raises ValueError if runs of one column and length differ in it."""
+    found = {}
+    for run in runs:
+        its = found.setdefault((run["parametrization"], run["steps"]), recipe(run))
+        if its != recipe(run):
+            raise ValueError(f"{run['parametrization']} has {' and '.join(RECIPE)} of {its} and of {recipe(run)} in runs of {run['steps']} "
+                             "steps; give each its own file")
+    return found
 
 
 cached = functools.cache(parametrize)
@@ -268,7 +281,7 @@ def as_column(run, name):
     initial, scale = cached(name, *sizes, **mults)
     total = sum(scale.values()) or 1
     model = initial | {tensors: rate / total for tensors, rate in scale.items()}
-    return (*sizes, *(f"{key} {number:.6g}" for key, number in model.items())), math.log2(total)
+    return (*sizes, *recipe(run), *(f"{key} {number:.6g}" for key, number in model.items())), math.log2(total)
 
 
 def identity(run):
@@ -288,17 +301,15 @@ def curve(runs):
     best = int(mean.argmin())
     # The five η nearest the best, as many on its left as on its right: three, or one, if others are missing or diverged.
     half = max((k for k in (1, 2) if k <= best < len(x) - k and np.isfinite(mean[best - k:best + k + 1]).all()), default=0)
-    window, step = slice(best - half, best + half + 1), float(np.median(np.diff(x))) if len(x) > 1 else 0.5
-    # A seed needs its middle and ends; that they say nearly as much as five makes dear seeds cheaper.
-    needed = [best + i for i in (-2, 0, 2) if 0 <= best + i < len(x)]
-    add = [(a, seed) for a in x[needed].tolist() for seed in seeds if (a, seed) not in runs]
+    window, step = slice(best - half, best + half + 1), float(np.diff(x).min()) if len(x) > 1 else 0.5
+    add = [(a, seed) for a in x[max(best - 2, 0):best + 3].tolist() for seed in seeds if (a, seed) not in runs]
     for edge, outward, beyond in ((x[0], -step, mean[:best][::-1]), (x[-1], step, mean[best + 1:])):
         if not np.isinf(beyond[:2]).any():      # behind a divergence there is nothing to look for
             add += [(round(float(edge) + outward * i, 4), seed) for i in range(1, 3 - len(beyond)) for seed in seeds]
     alphas = [float(runs[x[best], seed].get(key) or "nan") for seed in seeds if (x[best], seed) in runs for key in ALPHAS]
     return dict(x=x, loss=loss, seeds=seeds, mean=mean, best=best, half=half, window=window, add=add, eta=float(x[best]),
                 alpha=float(np.mean(alphas)),       # mean |α| at the end of the best runs
-                complete=[i for i in range(len(seeds)) if np.isfinite(loss[i, [best - half, best, best + half]]).all()])
+                complete=[i for i in range(len(seeds)) if np.isfinite(loss[i, window]).all()])
 
 
 def fit(curves):
@@ -306,11 +317,8 @@ def fit(curves):
     loss = a[size, seed] + c · (log2 η - optimum[size, seed])² over the windows, one c for all, by linear least squares.
     Returns {(log2 size, seed): (optimum, its variance judging by the scatter about the parabolas)}, degrees of freedom.
     """
-    points = {}
-    for size, one in curves.items():
-        for i in one["complete"] if one["half"] else ():
-            x, loss = one["x"][one["window"]], one["loss"][i, one["window"]]
-            points[math.log2(size), one["seeds"][i]] = x[np.isfinite(loss)], loss[np.isfinite(loss)]
+    points = {(math.log2(size), one["seeds"][i]): (one["x"][one["window"]], one["loss"][i, one["window"]])
+              for size, one in curves.items() if one["half"] for i in one["complete"]}
     slopes, bend, rest = {}, [], []
     for key, (x, loss) in points.items():       # c is judged by what a straight line leaves of each curve
         u = x - x.mean()
@@ -366,9 +374,10 @@ def loss_at(one, x):
 def curves_of(name, sizes):
     """{size: curve} of column `name` from {size: runs}: its own runs, those it shares, and where it has none, those of others
     that are its own at another η."""
-    curves = {}
+    curves, its = {}, recipes(run for here in sizes.values() for run in here if run["parametrization"] == name)
     for size, here in sizes.items():
         own, runs = any(run["parametrization"] == name for run in here), {}
+        here = [run for run in here if recipe(run) == its.get((name, run["steps"]), recipe(run))]
         for run in here:
             (model, its_shift), (wanted, shift) = as_column(run, run["parametrization"]), as_column(run, name)
             if model == wanted and (abs(its_shift - shift) < 1e-6 or not own):
@@ -447,20 +456,28 @@ def judge(rows, axis=None, control="ngpt"):
     return axis, verdicts
 
 
-def steps_saved(verdicts, control):
+def steps_needed(verdicts, control):
     """
-    Rows (column, steps, best loss, "2.1 × the steps"): how long the control, at its own best η, must train for that loss, read
-    off its best losses as a polygon over log steps. None of columns that are the control's own runs.
+    Rows (column, steps, best loss, "2.1 × the steps"): how long the control must train for that loss. Both at their own best η, on
+    the seeds they share; the control's losses are a polygon over log steps. Only sizes whose best η lies inside its grid count.
     """
-    def best(name):
-        return {size: float(one["mean"][one["best"]]) for size, one in verdicts[name]["curves"].items()}
+    def losses(name, seeds):
+        curves = {size: one for size, one in verdicts[name]["curves"].items() if one["half"] and seeds <= set(one["seeds"])}
+        return {size: np.mean([one["loss"][one["seeds"].index(seed), one["best"]] for seed in seeds]) for size, one in curves.items()}
 
-    theirs = best(control) if control in verdicts else {}
-    falling = sorted((loss, math.log2(size)) for size, loss in theirs.items())
-    for name in verdicts:
-        for size, loss in best(name).items() if theirs and best(name) != theirs else ():
-            bound = "> " if loss < falling[0][0] else "< " if loss > falling[-1][0] else ""
-            yield name, f"{size:,}", f"{loss:.4f}", f"{bound}{2 ** np.interp(loss, *zip(*falling)) / size:.2f} × the steps"
+    for name in verdicts if control in verdicts else ():
+        ones = [*verdicts[name]["curves"].values(), *verdicts[control]["curves"].values()]
+        seeds = set.intersection(*(set(one["seeds"]) for one in ones))
+        theirs = sorted(losses(control, seeds).items())
+        if name == control or not all(one["own"] for one in ones) or not theirs:
+            continue
+        for size, loss in losses(name, seeds).items():
+            steps, bound = (theirs[0][0], "< ") if loss > theirs[0][1] else (theirs[-1][0], "> ")
+            for (a, above), (b, below) in zip(theirs, theirs[1:]):
+                if theirs[0][1] >= loss and above >= loss >= below:     # the first time
+                    steps, bound = a * (b / a) ** ((above - loss) / ((above - below) or 1)), ""
+                    break
+            yield name, f"{size:,}", f"{loss:.4f}", f"{bound}{steps / size:.2f} × the steps"
 
 
 def table(*rows):
@@ -483,6 +500,7 @@ def report(axis, verdicts, control="ngpt"):
 
     eta = "η*" if all(one["key"] == "learning_rate" for one in verdicts.values()) else "×*"
     what = "η*" if eta == "η*" else "the best multiplier ×* of one class's η, others kept"
+    needed = list(steps_needed(verdicts, control)) if axis == "steps" else []
     one_seed = " One seed: intervals leave out how optima scatter from seed to seed, and are too short."
     return "\n".join((
         table(("column", axis, "seeds", f"log2 {eta}", eta, "best loss", "regret", "|α|", "grid"),
@@ -492,7 +510,7 @@ def report(axis, verdicts, control="ngpt"):
         table(("column", "drift [95 % interval]", f"less {control}'s [95 % interval]", "worst regret", "same best η?"),
               *((name, interval(one["drift"]), interval(one["difference"]), regret(one["regret"]), one["same"])
                 for name, one in verdicts.items())),
-        *([table(("column", "steps", "best loss", f"{control} needs"), *saved)] if axis == "steps" and (saved := list(steps_saved(verdicts, control))) else ()),
+        *([table(("column", "steps", "loss", f"for it {control} needs"), *needed)] if needed else ()),
         table((f"power of {axis} in η of", *TENSOR_CLASSES),
               *((name, *(f"{verdict['powers'][key]:+.2f} → {verdict['powers'][key] + verdict['drift'][0]:+.2f}"
                          if key in verdict["powers"] else "-" for key in TENSOR_CLASSES))
@@ -537,7 +555,8 @@ def draw(axis, verdicts, path):
             color, x, mean, diverged = colors[size], one["x"], one["mean"], np.isinf(one["mean"])
             near.extend(one["loss"][:, max(one["best"] - 3, 0):one["best"] + 4].ravel())
             for loss in one["loss"]:
-                panel.plot(x[np.isfinite(loss)], loss[np.isfinite(loss)], ".-", color=color, lw=0.5, ms=2.5, alpha=0.5)
+                run = ~np.isnan(loss)
+                panel.plot(x[run], loss[run], ".-", color=color, lw=0.5, ms=2.5, alpha=0.5)
             panel.plot(x[~diverged], mean[~diverged], "o-", color=color, lw=1.6, ms=3.5, label=f"{size:,}")
             panel.plot(x[diverged], np.full(diverged.sum(), 0.97), "x", color=color, transform=panel.get_xaxis_transform())
             if one["half"]:     # else its best is not known
@@ -569,11 +588,11 @@ def missing(rows, verdicts, wanted):
     lines = [(line.strip(), dict(word.removeprefix("--").partition("=")[::2] for word in line.split())) for line in wanted]
     runs = [read_run(options, RUN, f"the run {line!r}") for line, options in lines]
     may_differ = MAY_DIFFER.union(MULTS if one_class_at_a_time(rows + runs) else ())
+    recipes(rows + runs)
     for (line, options), run in zip(lines, runs):
         for key in options.keys() - may_differ:
-            there = next((row for row in rows if key not in RECIPE or all(row[k] == run[k] for k in ("parametrization", "steps"))), {})
-            if run[key] != there.get(key, run[key]):
-                raise ValueError(f"the results are of {key}={there[key]}, not {key}={run[key]}; give each its own file")
+            if rows and run[key] != rows[0].get(key, run[key]):
+                raise ValueError(f"the results are of {key}={rows[0][key]}, not {key}={run[key]}; give each its own file")
         todo.setdefault(identity(run), line)
     if todo.keys() <= done:
         add = [(verdict["key"], one["run"], *point) for verdict in verdicts.values() for one in verdict["curves"].values()
