@@ -1608,9 +1608,9 @@ def test_steps_that_the_control_needs_for_the_same_loss():
         ("nugpt", "800", "1.00 × the steps"), ("nugpt", "1,600", "> 1.00 × the steps")]     # and seed 1, which gpt_sp lacks, does not count
     assert "for it gpt_sp needs" in parametrize_py.report("steps", verdicts, "gpt_sp")
     # a control that got worse and better again: what counts is when it had that loss first
-    rows = length_sweep(dict(gpt_sp={400: 1.95, 800: 2.0, 1600: 1.9}, nugpt={400: 1.98, 800: 1.95}))
+    rows = length_sweep(dict(gpt_sp={400: 2.0, 800: 1.9, 1600: 1.95, 3200: 1.8}, nugpt={400: 2.01, 1600: 1.92}))
     needed = [row[3] for row in parametrize_py.steps_needed(judge(rows, control="gpt_sp")[1], "gpt_sp")]
-    assert needed == ["< 1.00 × the steps", "0.50 × the steps"]
+    assert needed == ["< 1.00 × the steps", f"{400 * 2 ** 0.8 / 1600:.2f} × the steps"]
     # one whose best η lies at the edge of its grid is not at its best
     rows = length_sweep(dict(gpt_sp=plain), grid=(-6, -5.5, -5)) + length_sweep(dict(nugpt=plain))
     assert not list(parametrize_py.steps_needed(judge(rows, control="gpt_sp")[1], "gpt_sp"))
