@@ -462,13 +462,13 @@ def steps_needed(verdicts, control):
     the seeds they share; the control's losses are a polygon over log steps. Only sizes whose best η lies inside its grid count.
     """
     def losses(name, seeds):
-        curves = {size: one for size, one in verdicts[name]["curves"].items() if one["half"] and seeds <= set(one["seeds"])}
-        return {size: np.mean([one["loss"][one["seeds"].index(seed), one["best"]] for seed in seeds]) for size, one in curves.items()}
+        return {size: np.mean([one["loss"][one["seeds"].index(seed), one["best"]] for seed in seeds])
+                for size, one in verdicts[name]["curves"].items() if one["half"]}
 
     for name in verdicts if control in verdicts else ():
         ones = [*verdicts[name]["curves"].values(), *verdicts[control]["curves"].values()]
         seeds = set.intersection(*(set(one["seeds"]) for one in ones))
-        theirs = sorted(losses(control, seeds).items())
+        theirs = sorted(losses(control, seeds).items()) if seeds else []
         if name == control or not all(one["own"] for one in ones) or not theirs:
             continue
         for size, loss in losses(name, seeds).items():

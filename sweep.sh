@@ -21,7 +21,7 @@ gpus=${GPUS-${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,n
 gpus=$(for i in $(seq "${PER_GPU:-1}"); do echo ${gpus//,/ }; done)
 jobs=${JOBS:-$(set -- $gpus; [ $# -gt 0 ] && echo $# || getconf _NPROCESSORS_ONLN)}
 
-# The model at the base, which is the smallest size. Widths of 48·2^k make the MLP's 8/3 · width exact at every size.
+# The model at the base. Widths of 48·2^k make the MLP's 8/3 · width exact at every size.
 if [ -n "$gpus" ] && [ "$axis" != laptop ]; then
     W=${WIDTH:-192} T=${STEPS:-2000} HEAD_DIM=${HEAD_DIM:-48} SEQ_LEN=${SEQ_LEN:-512} BATCH_SIZE=${BATCH_SIZE:-64}
 else
@@ -57,7 +57,7 @@ RESULTS=${RESULTS:-assets/$axis.csv}
 PICTURE=${PICTURE:-${RESULTS%.csv}.png}
 PYTHON=${PYTHON:-python}
 
-IFS=: read -r base_width base_depth base_steps <<< "${BASE:-${SIZES%% *}}"      # the smallest size, if not said otherwise
+IFS=: read -r base_width base_depth base_steps <<< "${BASE:-${SIZES%% *}}"      # width:depth:steps, the first size if not said
 fixed="--base_width=$base_width --base_depth=$base_depth --base_steps=$base_steps --head_dim=$HEAD_DIM --seq_len=$SEQ_LEN
  --batch_size=$BATCH_SIZE --micro_batch_size=0 --unembedding_lr_mult=$UNEMBEDDING_LR_MULT
  --data=$DATA --eval_tokens=${EVAL_TOKENS:-262144} --eval_every=1000000 --out_dir= --sample_tokens=0 ${TRAIN_OPTIONS:-}"
