@@ -253,6 +253,7 @@ def read_results(path):
 
 
 def recipe(run):
+    """(warm-up steps, weight decay) of a run, which are part of what makes it the same run as another."""
     return tuple(run[key] for key in RECIPE)
 
 
