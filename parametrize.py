@@ -502,7 +502,7 @@ def report(axis, verdicts, control="ngpt"):
     eta = "η*" if all(one["key"] == "learning_rate" for one in verdicts.values()) else "×*"
     what = "η*" if eta == "η*" else "the best multiplier ×* of one class's η, others kept"
     needed = list(steps_needed(verdicts, control)) if axis == "steps" else []
-    one_seed = " One seed: intervals leave out how optima scatter from seed to seed, and are too short."
+    one_seed = any(one["drift"] and one["drift"][2] == 1 for one in verdicts.values())
     return "\n".join((
         table(("column", axis, "seeds", f"log2 {eta}", eta, "best loss", "regret", "|α|", "grid"),
               *((name, f"{size:,}", str(len(one["complete"])), f"{one['eta']:.2f}", f"{2 ** one['eta']:.5f}",
@@ -518,7 +518,9 @@ def report(axis, verdicts, control="ngpt"):
                 for name, verdict in verdicts.items() if verdict["drift"])),
         f"drift: of log2 {what}, a doubling of {axis}.",
         f"regret: loss at the smallest size's {eta}, less the best. |α|: eigen learning rates, mean at the end. power: in the table",
-        "→ what would have left no drift." + one_seed * any(one["drift"] and one["drift"][2] == 1 for one in verdicts.values())))
+        "→ what would have left no drift.",
+        *([f"needs: how long {control} must be trained, at its own best η, for that loss."] if needed else ()),
+        *(["One seed: intervals leave out how optima scatter from seed to seed, and are too short."] if one_seed else ())))
 
 
 def plotting():
