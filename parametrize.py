@@ -315,25 +315,18 @@ def curve(runs):
 
 def fit(curves):
     """
-    loss = a[size, seed] + c · (log2 η - optimum[size, seed])² over the windows, one c for all, by linear least squares.
-    Returns {(log2 size, seed): (optimum, its variance judging by the scatter about the parabolas)}, degrees of freedom.
+    {(size, seed): the optimum of its curve}: loss = a[size, seed] + c · (log2 η - optimum[size, seed])² over the windows, one c
+    for all curves of a column, by least squares. Nothing where no size has its best inside its grid, or where c is not positive.
     """
-    points = {(math.log2(size), one["seeds"][i]): (one["x"][one["window"]], one["loss"][i, one["window"]])
-              for size, one in curves.items() if one["half"] for i in one["complete"]}
-    slopes, bend, rest = {}, [], []
-    for key, (x, loss) in points.items():       # c is judged by what a straight line leaves of each curve
-        u = x - x.mean()
-        line = np.polyfit(u, np.stack((u * u, loss), axis=1), 1)
-        slopes[key] = line[0]
-        bend.extend(u * u - np.polyval(line[:, 0], u))
-        rest.extend(loss - np.polyval(line[:, 1], u))
-    bend, rest = np.array(bend), np.array(rest)
-    if not bend @ rest > 0:     # no size has its best inside its grid, or noise has drowned the minimum
-        return {}, 0
-    c, freedom = (bend @ rest) / (bend @ bend), len(rest) - 2 * len(points) - 1
-    noise = ((rest - c * bend) ** 2).sum() / freedom if freedom else math.inf
-    return {key: (x.mean() - (slopes[key][1] - c * slopes[key][0]) / (2 * c), noise / (4 * c * c * x.var() * len(x)))
-            for key, (x, _) in points.items()}, freedom
+    windows = {(size, one["seeds"][i]): (one["x"][one["window"]], one["loss"][i, one["window"]])
+               for size, one in curves.items() if one["half"] for i in one["complete"]}
+    if not windows:
+        return {}
+    of = np.eye(len(windows)).repeat([len(x) for x, _ in windows.values()], axis=0)     # (points, curves): which curve a point is of
+    u = np.concatenate([x - x.mean() for x, _ in windows.values()])
+    loss = np.concatenate([loss for _, loss in windows.values()])
+    *lines, c = np.linalg.lstsq(np.column_stack((of, of * u[:, None], u * u)), loss, rcond=None)[0]     # of lines: levels, then slopes
+    return {key: x.mean() - slope / (2 * c) for (key, (x, _)), slope in zip(windows.items(), lines[len(windows):])} if c > 0 else {}
 
 
 def student(freedom):
@@ -344,25 +337,21 @@ def student(freedom):
     return math.sqrt(freedom) * math.tan(np.interp(0.95 * area[-1], area, theta))
 
 
-def drift(optima, freedom):
+def drift(optima):
     """
     Slope of the optima over log2 size, in octaves a doubling, half its 95 % interval, and the number of seeds behind it;
     None for fewer than two sizes. All η of a curve share its luck, so the unit is the curve: the interval comes from the
-    scatter of the optima about parallel lines, one a seed, with (curves - seeds - 1) degrees of freedom. A single seed has
-    only the scatter about the parabolas to go by, with `freedom` degrees. That leaves out how optima scatter, so that
-    interval is too short.
+    scatter of the optima about parallel lines, one a seed, with (curves - seeds - 1) degrees of freedom.
     """
-    seeds = [seed for seed in {seed for _, seed in optima} if len({s for s, its in optima if its == seed}) > 1]
+    seeds = [seed for seed in {seed for _, seed in optima} if len({size for size, its in optima if its == seed}) > 1]
     if not seeds:
         return None
-    groups = [np.array([(s, *optima[s, its]) for s, its in optima if its == seed]) for seed in seeds]
-    s, x, variance = np.concatenate([group - group.mean(0) * (1, 1, 0) for group in groups]).T
-    slope = s @ x / (s @ s)
-    if len(seeds) > 1:
-        freedom = len(s) - len(seeds) - 1
-        variance = ((x - slope * s) ** 2).sum() / freedom
-    error = math.sqrt((s * s * variance).sum()) / (s @ s)
-    return float(slope), student(freedom) * error if freedom else math.inf, len(seeds)
+    groups = [np.array([(math.log2(size), x) for (size, its), x in optima.items() if its == seed]) for seed in seeds]
+    size, x = np.concatenate([group - group.mean(0) for group in groups]).T
+    slope, freedom = size @ x / (size @ size), len(x) - len(seeds) - 1
+    rest = x - slope * size
+    half = student(freedom) * math.sqrt(rest @ rest / freedom / (size @ size)) if freedom else math.inf
+    return float(slope), half, len(seeds)
 
 
 def loss_at(one, x):
@@ -425,9 +414,11 @@ def judge(rows, axis=None, control="ngpt"):
         curves = curves_of(name, sizes) if key == "learning_rate" else curves_of_class(key, sizes, center)
         if len(curves) < 2 and name not in named and key == "learning_rate":
             continue
-        optima, freedom = fit(curves)
+        optima = fit(curves)
         for size, one in curves.items():
-            one["eta"] = float(np.mean([optima[key][0] for key in optima if key[0] == math.log2(size)] or one["eta"]))
+            one["eta"] = float(np.mean([x for (its, _), x in optima.items() if its == size] or one["eta"]))
+            window = one["x"][one["window"]]
+            one["outside"] = bool(one["half"]) and not window[0] <= one["eta"] <= window[-1]
         first, *larger = curves.values()
         for one in larger if first["half"] else ():     # curves rise outwards: outside a grid, its edge is a lower bound
             nearest = float(np.clip(first["eta"], one["x"][0], one["x"][-1]))
@@ -435,25 +426,24 @@ def judge(rows, axis=None, control="ngpt"):
             best = min(there, float(one["mean"][one["best"]]), loss_at(one, one["eta"]))
             one["regret"] = there - best if there < math.inf else math.inf
             one["bound"] = nearest != first["eta"]
+        known = [one for one in larger if "regret" in one]
         best = [one["x"][one["best"]] for one in curves.values()]
-        narrow = any(one["add"] or not one["half"] for one in curves.values())
+        narrow = any(one["add"] or not one["half"] or one["outside"] for one in curves.values())
         rates = [parametrize(run["parametrization"], *map(run.get, SIZES))[1]
                  for run in (curves[size]["run"] for size in (min(curves), max(curves)))]
         doublings = math.log2(max(curves) / min(curves)) or math.nan
         verdicts[name] = dict(
-            key=key, curves=curves, optima=optima, freedom=freedom, drift=drift(optima, freedom),
-            regret=max(larger, key=lambda one: one.get("regret", 0), default={}),
+            key=key, curves=curves, optima=optima, drift=drift(optima), difference=None,
+            regret=dict(regret=max(one["regret"] for one in known), bound=any(one["bound"] for one in known)) if known else {},
             # Lingle's criterion (arXiv:2404.05728), but grids that η was shifted onto need not have equal points
             same="?" if narrow or not larger else "Yes" if max(best) - min(best) < np.diff(first["x"]).min() / 2 else "No",
             powers={tensors: math.log2(rates[1][tensors] / rates[0][tensors]) / doublings for tensors in rates[0]
                     if key in ("learning_rate", f"{tensors}_lr_mult")})
     theirs = verdicts.get(control, {"optima": {}})
     for verdict in verdicts.values():
-        mine, others = verdict["optima"], theirs["optima"]
-        both = {key: (mine[key][0] - others[key][0], mine[key][1] + others[key][1]) for key in mine if key in others}
-        verdict["difference"] = None
         if verdict is not theirs:
-            verdict["difference"] = drift(both, min(verdict["freedom"], theirs.get("freedom", 0)))
+            both = verdict["optima"].keys() & theirs["optima"].keys()
+            verdict["difference"] = drift({key: verdict["optima"][key] - theirs["optima"][key] for key in both})
     return axis, verdicts
 
 
@@ -462,22 +452,20 @@ def steps_needed(verdicts, control):
     Rows (column, steps, best loss, "2.1 × the steps"): how long the control must train for that loss. Both at their own best η, on
     the seeds they share; the control's losses are a polygon over log steps. Only sizes whose best η lies inside its grid count.
     """
-    def losses(name, seeds):
+    def best_losses(name, seeds):
         return {size: np.mean([one["loss"][one["seeds"].index(seed), one["best"]] for seed in seeds])
                 for size, one in verdicts[name]["curves"].items() if one["half"]}
 
     for name in verdicts if control in verdicts else ():
         ones = [*verdicts[name]["curves"].values(), *verdicts[control]["curves"].values()]
         seeds = set.intersection(*(set(one["seeds"]) for one in ones))
-        theirs = sorted(losses(control, seeds).items()) if seeds else []
+        theirs = best_losses(control, seeds) if seeds else {}
         if name == control or not all(one["own"] for one in ones) or not theirs:
             continue
-        for size, loss in losses(name, seeds).items():
-            steps, bound = (theirs[0][0], "< ") if loss > theirs[0][1] else (theirs[-1][0], "> ")
-            for (a, above), (b, below) in zip(theirs, theirs[1:]):
-                if theirs[0][1] >= loss and above >= loss >= below:     # the first time
-                    steps, bound = a * (b / a) ** ((above - loss) / ((above - below) or 1)), ""
-                    break
+        lengths, falling = list(theirs), np.minimum.accumulate(list(theirs.values()))      # what counts is when it had a loss first
+        for size, loss in best_losses(name, seeds).items():
+            bound = "< " if loss > falling[0] else "> " if loss < falling[-1] else ""
+            steps = 2 ** np.interp(-loss, -falling, np.log2(lengths))
             yield name, f"{size:,}", f"{loss:.4f}", f"{bound}{steps / size:.2f} × the steps"
 
 
@@ -497,19 +485,20 @@ def report(axis, verdicts, control="ngpt"):
 
     def grid(one):
         new = " ".join(f"2^{x:.5g}" for x in sorted({x for x, _ in one["add"]}))
-        return f"add {new}" if new else "wide enough" if one["half"] == 2 else "diverges near the best"
+        return (f"add {new}" if new else "diverges near the best" if one["half"] < 2 else
+                "its parabola's best is outside its window" if one["outside"] else "wide enough")
 
     eta = "η*" if all(one["key"] == "learning_rate" for one in verdicts.values()) else "×*"
     what = "η*" if eta == "η*" else "the best multiplier ×* of one class's η, others kept"
     needed = list(steps_needed(verdicts, control)) if axis == "steps" else []
-    one_seed = any(one["drift"] and one["drift"][2] == 1 for one in verdicts.values())
+    less = [one["difference"] for one in verdicts.values()]
     return "\n".join((
         table(("column", axis, "seeds", f"log2 {eta}", eta, "best loss", "regret", "|α|", "grid"),
               *((name, f"{size:,}", str(len(one["complete"])), f"{one['eta']:.2f}", f"{2 ** one['eta']:.5f}",
                  f"{one['mean'][one['best']]:.4f}", regret(one), f"{one['alpha']:.3f}".replace("nan", "-"), grid(one))
                 for name, verdict in verdicts.items() for size, one in verdict["curves"].items())),
-        table(("column", "drift [95 % interval]", f"less {control}'s [95 % interval]", "worst regret", "same best η?"),
-              *((name, interval(one["drift"]), interval(one["difference"]), regret(one["regret"]), one["same"])
+        table(("column", "drift [95 % interval]", *[f"less {control}'s [95 % interval]"] * any(less), "worst regret", "same best η?"),
+              *((name, interval(one["drift"]), *[interval(one["difference"])] * any(less), regret(one["regret"]), one["same"])
                 for name, one in verdicts.items())),
         *([table(("column", "steps", "loss", f"for it {control} needs"), *needed)] if needed else ()),
         table((f"power of {axis} in η of", *TENSOR_CLASSES),
@@ -518,9 +507,8 @@ def report(axis, verdicts, control="ngpt"):
                 for name, verdict in verdicts.items() if verdict["drift"])),
         f"drift: of log2 {what}, a doubling of {axis}.",
         f"regret: loss at the smallest size's {eta}, less the best. |α|: eigen learning rates, mean at the end. power: in the table",
-        "→ what would have left no drift.",
-        *([f"needs: how long {control} must be trained, at its own best η, for that loss."] if needed else ()),
-        *(["One seed: intervals leave out how optima scatter from seed to seed, and are too short."] if one_seed else ())))
+        "→ what would have left no drift, had all tensor classes been changed by as much.",
+        *([f"needs: how long {control} must be trained, at its own best η, for that loss."] if needed else ())))
 
 
 def plotting():
@@ -567,7 +555,7 @@ def draw(axis, verdicts, path):
                 panel.plot(one["eta"], bottom, "*", color=color, ms=13, mec="black", zorder=5)
         panel.axvline(verdict["curves"][min(verdict["curves"])]["eta"], color="gray", lw=0.8, ls=":")
         slope, half, seeds = verdict["drift"] or (math.nan, math.nan, 0)
-        interval = f"± {half:.2f} octaves a doubling" if seeds > 1 else "octaves a doubling, one seed"
+        interval = f"± {half:.2f} octaves a doubling" if half < math.inf else "octaves a doubling"
         panel.set_title(name + f"\ndrift {slope:+.2f} {interval}" * bool(seeds), fontsize=10)
         panel.set_xlabel("learning rate η, ★ the best" if verdict["key"] == "learning_rate" else "multiplier of its η, ★ the best")
         panel.xaxis.set_major_locator(matplotlib.ticker.MultipleLocator(1))
@@ -587,15 +575,21 @@ def missing(rows, verdicts, wanted):
     The runs still to do, as lines of train.py's options: those of the lines `wanted` that are not among the rows, each once;
     and when all of these are done, those that grids too narrow lack. Raises ValueError if the rows are of another sweep.
     """
-    done, todo, options, run = {identity(run) for run in rows}, {}, {}, {}
-    lines = [(line.strip(), dict(word.removeprefix("--").partition("=")[::2] for word in line.split())) for line in wanted]
+    from train import Config        # here, for it takes seconds to import, and imports this file
+
+    lines = [(line.strip(), dict((word if "=" in word else word + "=True").removeprefix("--").split("=", 1) for word in line.split()))
+             for line in wanted]
     runs = [read_run(options, RUN, f"the run {line!r}") for line, options in lines]
-    may_differ = MAY_DIFFER.union(MULTS if one_class_at_a_time(rows + runs) else ())
     recipes(rows + runs)
+    may_differ = MAY_DIFFER.union(MULTS if one_class_at_a_time(rows + runs) else ())
+    defaults = {key: str(default) for key, default in vars(Config()).items() if key not in may_differ}
+    done, todo, options, run = {identity(run) for run in rows}, {}, {}, {}
     for (line, options), run in zip(lines, runs):
-        for key in options.keys() - may_differ:
-            if rows and run[key] != rows[0].get(key, run[key]):
-                raise ValueError(f"the results are of {key}={rows[0][key]}, not {key}={run[key]}; give each its own file")
+        # of the sweep's configuration, too, what the line leaves at its default; the rows have what automatic ones came to
+        for key in defaults.keys() - {"vocab_size", "dtype"} | defaults.keys() & options.keys() if rows else ():
+            there, here = ({**defaults, **its}[key] for its in (rows[0], run))
+            if there != here:
+                raise ValueError(f"the results are of {key}={there}, not {key}={here}; give each its own file")
         todo.setdefault(identity(run), line)
     if todo.keys() <= done:
         add = [(verdict["key"], one["run"], *point) for verdict in verdicts.values() for one in verdict["curves"].values()
@@ -809,8 +803,10 @@ def verdict_main():
         measured = read_rows(args.results) if os.path.exists(args.results) else []
         if measured and "omega" in measured[0]:
             runs = read_alignment(measured, args.results)
-            several = len({name for name, _, _ in runs}) > 1
+            several = len({name for name, _, _ in runs}) > 1        # columns are compared, a single one is looked into
             print((report_coordinates if several else report_alignment)(runs))
+            if not several and len({width for _, width, _ in runs}) > 1:
+                print("\n" + report_coordinates(runs).rstrip())
             if args.plot:
                 (draw_coordinates if several else draw_alignment)(runs, args.plot)
             return

@@ -3,14 +3,14 @@
 #
 #   ./sweep.sh laptop       width 48 to 192, one seed: under 30 minutes on two cores
 #   ./sweep.sh width        the paper's axes, sized for the machine at hand and with three seeds. Core-hours, on a CPU:
-#   ./sweep.sh depth          width 4, depth 3.5, steps 2.5, joint 1.5, classes 1; one process a core shares them out
+#   ./sweep.sh depth          width 5, depth 2, steps 1.5, joint 1, classes 1.5; one process a core shares them out
 #   ./sweep.sh steps
 #   ./sweep.sh joint        width, depth and steps together
 #   ./sweep.sh classes      width, where one η stays and the rate of one tensor class at a time is swept: what does each need?
 #   DRY=1 ./sweep.sh width  print the runs still to do as commands, one a line, for Slurm or GNU parallel
 #
 # All that is written ${NAME:-…} below can be set: RULES="ngpt mine" SEEDS="3 4 5" RESULTS=mine.csv ./sweep.sh width
-# Results and picture go to assets/. Runs that are there already are skipped: an interrupted sweep continues. Once the grid
+# Results and picture go to out/sweeps/. Runs that are there already are skipped: an interrupted sweep continues. Once the grid
 # is done, sizes whose best η lies too near its edge get more η, and when that is done the DRY commands are those.
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -53,7 +53,7 @@ ROUNDS=${ROUNDS:-3}                                     # how often the grid may
 UNEMBEDDING_LR_MULT=${UNEMBEDDING_LR_MULT:-0.5}         # the same for all columns
 CONTROL=${CONTROL:-ngpt}                                # the column that the others are compared to
 DATA=${DATA:-data/stdlib}
-RESULTS=${RESULTS:-assets/$axis.csv}
+RESULTS=${RESULTS:-out/sweeps/$axis.csv}              # those of assets/ are in the README
 PICTURE=${PICTURE:-${RESULTS%.csv}.png}
 PYTHON=${PYTHON:-python}
 
@@ -120,7 +120,7 @@ work() {    # a worker: a process of train.py that takes the runs no other has t
         claimed=$(ls "$2.claims" | wc -l)
         sed "s|\$| '--results=$RESULTS'|" "$2" | $PYTHON train.py --each "$2.claims" | while read -r word n rest; do
             if [ "$word" = final: ]; then
-                outcome=$(echo "$rest" | grep -o 'val_loss=[^ ]*\|status=[^ ]*' | tr '\n' ' ')
+                outcome=$(echo "$rest" | grep -oE '(val_loss|status)=[^ ]*' | tr '\n' ' ')
             elif [ "$word" = ended ]; then
                 run=$(sed -n "${n}p" "$2")
                 if [ "$rest" != 0 ] && [ "$rest" != 3 ]; then       # 3: it diverged, which is a result
