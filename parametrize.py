@@ -388,6 +388,34 @@ def curves_of_class(key, sizes, center):
     return curves
 
 
+def judge_column(curves, key):
+    """The verdict on one column from its curves {size: curve}, which get their best η, regret and what is wrong with them."""
+    optima = fit(curves)
+    for size, one in curves.items():
+        one["eta"] = float(np.mean([x for (its, _), x in optima.items() if its == size] or one["eta"]))
+        window = one["x"][one["window"]]
+        one["outside"] = bool(one["half"]) and not window[0] <= one["eta"] <= window[-1]
+    first, *larger = curves.values()
+    known = larger if first["half"] else []
+    for one in known:       # curves rise outwards: outside a grid, its edge is a lower bound
+        nearest = float(np.clip(first["eta"], one["x"][0], one["x"][-1]))
+        there = loss_at(one, nearest)
+        best = min(there, float(one["mean"][one["best"]]), loss_at(one, one["eta"]))
+        one["regret"] = there - best if there < math.inf else math.inf
+        one["bound"] = nearest != first["eta"]
+    best = [one["x"][one["best"]] for one in curves.values()]
+    narrow = any(one["add"] or not one["half"] or one["outside"] for one in curves.values())
+    small, large = (parametrize(one["run"]["parametrization"], *map(one["run"].get, SIZES))[1] for one in (first, [first, *larger][-1]))
+    doublings = math.log2(max(curves) / min(curves)) or math.nan
+    return dict(
+        key=key, curves=curves, optima=optima, drift=drift(optima), difference=None,
+        regret=dict(regret=max(one["regret"] for one in known), bound=any(one["bound"] for one in known)) if known else {},
+        # Lingle's criterion (arXiv:2404.05728), but grids that η was shifted onto need not have equal points
+        same="?" if narrow or not larger else "Yes" if max(best) - min(best) < np.diff(first["x"]).min() / 2 else "No",
+        powers={tensors: math.log2(large[tensors] / small[tensors]) / doublings for tensors in small
+                if key in ("learning_rate", f"{tensors}_lr_mult")})
+
+
 def judge(rows, axis=None, control="ngpt"):
     """
     The verdict on runs of read_results: (axis, {column: {"curves": {size: curve}, "drift", "difference", "regret", …}}).
@@ -404,46 +432,22 @@ def judge(rows, axis=None, control="ngpt"):
         if differing := [key for key in varying if len({run[key] for run in here}) > 1]:
             raise ValueError(f"runs with {axis} = {size} differ in {' and '.join(differing)}; give each its own file")
     named = {run["parametrization"] for run in rows}
-    names = {name: "learning_rate" for name in COLUMNS if name in {*named, control, "nugpt"}}
     if one_class_at_a_time(rows):
         names = {tensors: key for tensors, key in zip(TENSOR_CLASSES, MULTS) if len({run[key] for run in rows}) > 1}
         center = {key: statistics.mode(run[key] for run in rows) for key in MULTS}
         if len(named) > 1 or not all(run[key] > 0 for run in rows for key in names.values()):
             raise ValueError("a sweep of one tensor class at a time must be of one column, its multipliers positive numbers")
-    for name, key in names.items():
-        curves = curves_of(name, sizes) if key == "learning_rate" else curves_of_class(key, sizes, center)
-        if len(curves) < 2 and name not in named and key == "learning_rate":
-            continue
-        optima = fit(curves)
-        for size, one in curves.items():
-            one["eta"] = float(np.mean([x for (its, _), x in optima.items() if its == size] or one["eta"]))
-            window = one["x"][one["window"]]
-            one["outside"] = bool(one["half"]) and not window[0] <= one["eta"] <= window[-1]
-        first, *larger = curves.values()
-        for one in larger if first["half"] else ():     # curves rise outwards: outside a grid, its edge is a lower bound
-            nearest = float(np.clip(first["eta"], one["x"][0], one["x"][-1]))
-            there = loss_at(one, nearest)
-            best = min(there, float(one["mean"][one["best"]]), loss_at(one, one["eta"]))
-            one["regret"] = there - best if there < math.inf else math.inf
-            one["bound"] = nearest != first["eta"]
-        known = [one for one in larger if "regret" in one]
-        best = [one["x"][one["best"]] for one in curves.values()]
-        narrow = any(one["add"] or not one["half"] or one["outside"] for one in curves.values())
-        rates = [parametrize(run["parametrization"], *map(run.get, SIZES))[1]
-                 for run in (curves[size]["run"] for size in (min(curves), max(curves)))]
-        doublings = math.log2(max(curves) / min(curves)) or math.nan
-        verdicts[name] = dict(
-            key=key, curves=curves, optima=optima, drift=drift(optima), difference=None,
-            regret=dict(regret=max(one["regret"] for one in known), bound=any(one["bound"] for one in known)) if known else {},
-            # Lingle's criterion (arXiv:2404.05728), but grids that η was shifted onto need not have equal points
-            same="?" if narrow or not larger else "Yes" if max(best) - min(best) < np.diff(first["x"]).min() / 2 else "No",
-            powers={tensors: math.log2(rates[1][tensors] / rates[0][tensors]) / doublings for tensors in rates[0]
-                    if key in ("learning_rate", f"{tensors}_lr_mult")})
-    theirs = verdicts.get(control, {"optima": {}})
-    for verdict in verdicts.values():
-        if verdict is not theirs:
-            both = verdict["optima"].keys() & theirs["optima"].keys()
-            verdict["difference"] = drift({key: verdict["optima"][key] - theirs["optima"][key] for key in both})
+        return axis, {name: judge_column(curves_of_class(key, sizes, center), key) for name, key in names.items()}
+    for name in COLUMNS:
+        if name in {*named, control, "nugpt"}:
+            curves = curves_of(name, sizes)
+            if len(curves) > 1 or name in named:
+                verdicts[name] = judge_column(curves, "learning_rate")
+    theirs = verdicts.get(control, {"optima": {}})["optima"]
+    for name, verdict in verdicts.items():
+        if name != control:
+            mine = verdict["optima"]
+            verdict["difference"] = drift({key: mine[key] - theirs[key] for key in mine.keys() & theirs.keys()})
     return axis, verdicts
 
 
