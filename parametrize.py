@@ -658,8 +658,9 @@ def estimate(values):
     """Mean over seeds with half its 95 % interval, as text."""
     if not values:
         return "-"
-    half = f" ± {student(len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)):.2f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.2f}{half}"
+    if len(values) == 1:
+        return f"{values[0]:.2f}"
+    return f"{np.mean(values):.2f} ± {student(len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)):.2f}"
 
 
 def widths_of(runs, name):
@@ -669,8 +670,10 @@ def widths_of(runs, name):
 def slopes(runs, name, quantity):
     """Slope of a log_ratio over log width, a seed each, for the seeds that all widths have; [] for a single width."""
     widths = widths_of(runs, name)
+    if len(widths) == 1:
+        return []
     seeds = sorted(set.intersection(*({s for column, w, s in runs if (column, w) == (name, width)} for width in widths)))
-    return [] if len(widths) == 1 else [np.polyfit(np.log(widths), [quantity(runs[name, width, seed])[0] for width in widths], 1)[0] for seed in seeds]
+    return [np.polyfit(np.log(widths), [quantity(runs[name, width, seed])[0] for width in widths], 1)[0] for seed in seeds]
 
 
 def report_alignment(runs):
@@ -737,16 +740,19 @@ def draw_alignment(runs, path):
 
 
 CHANGES = {     # what the coordinate check looks at: f(measurement, width). States and logits should change as much at every width.
-    "weights of blocks, |ΔW| / |W|": lambda at, d: d ** 0.5 * np.mean([row["rms_dW"] for name in at if name[0] == "W" for row in at[name]]),
+    "weights of blocks, |ΔW| / |W|":
+        lambda at, d: d ** 0.5 * np.mean([row["rms_dW"] for name in at if name.startswith("W_") for row in at[name]]),
     "last hidden state, |Δh|": lambda at, d: d ** 0.5 * at["E_out"][0]["rms_dx"],
     "logits, RMS of Δz": lambda at, d: at["logits"][0]["rms_dy"]}
 
 
 def coordinates(runs, name, step, change):
     """(widths, mean over seeds of a change since initialization at each)."""
-    widths = widths_of(runs, name)
-    return widths, [np.mean([CHANGES[change](run[step], width) for (column, w, _), run in runs.items() if (column, w) == (name, width)])
-                    for width in widths]
+    changes = {width: [] for width in widths_of(runs, name)}
+    for (column, width, _), run in runs.items():
+        if column == name:
+            changes[width].append(CHANGES[change](run[step], width))
+    return list(changes), [np.mean(values) for values in changes.values()]
 
 
 def in_order(runs):
@@ -765,8 +771,11 @@ def report_coordinates(runs):
     names = in_order(runs)
     if single := [name for name in names if len(widths_of(runs, name)) == 1]:
         raise ValueError(f"the coordinate check needs more than one width of {' and '.join(single)}")
+    def power(*which):
+        return np.polyfit(*np.log(coordinates(runs, *which)), 1)[0]
+
     return table(("power of width in", "after step", *CHANGES),
-                 *((name, str(step), *(f"{np.polyfit(*map(np.log, coordinates(runs, name, step, change)), 1)[0]:+.2f}" for change in CHANGES))
+                 *((name, str(step), *(f"{power(name, step, change):+.2f}" for change in CHANGES))
                    for name in names for step in coordinate_steps(runs)))
 
 
