@@ -495,6 +495,8 @@ def report(axis, verdicts, control="ngpt"):
     eta = "η*" if all(one["key"] == "learning_rate" for one in verdicts.values()) else "×*"
     what = "η*" if eta == "η*" else "the best multiplier ×* of one class's η, others kept"
     needed = list(steps_needed(verdicts, control)) if axis == "steps" else []
+    powers = [(name, *(f"{one['powers'][key]:+.2f} → {one['powers'][key] + one['drift'][0]:+.2f}" if key in one["powers"] else "-"
+                       for key in TENSOR_CLASSES)) for name, one in verdicts.items() if one["drift"]]
     less = [one["difference"] for one in verdicts.values()]
     return "\n".join((
         table(("column", axis, "seeds", f"log2 {eta}", eta, "best loss", "regret", "|α|", "grid"),
@@ -505,10 +507,7 @@ def report(axis, verdicts, control="ngpt"):
               *((name, interval(one["drift"]), *[interval(one["difference"])] * any(less), regret(one["regret"]), one["same"])
                 for name, one in verdicts.items())),
         *([table(("column", "steps", "loss", f"for it {control} needs"), *needed)] if needed else ()),
-        table((f"power of {axis} in η of", *TENSOR_CLASSES),
-              *((name, *(f"{verdict['powers'][key]:+.2f} → {verdict['powers'][key] + verdict['drift'][0]:+.2f}"
-                         if key in verdict["powers"] else "-" for key in TENSOR_CLASSES))
-                for name, verdict in verdicts.items() if verdict["drift"])),
+        *([table((f"power of {axis} in η of", *TENSOR_CLASSES), *powers)] if powers else ()),
         f"drift: of log2 {what}, a doubling of {axis}.",
         f"regret: loss at the smallest size's {eta}, less the best. |α|: eigen learning rates, mean at the end. power: in the table",
         "→ what would have left no drift, had all tensor classes been changed by as much.",
