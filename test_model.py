@@ -11,6 +11,7 @@ import gzip
 import hashlib
 import http.server
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -38,7 +39,7 @@ import prepare_data
 import train
 from model import GPT, GPTConfig, PlainGPT, norm, rope, rope_table
 from parametrize import COLUMNS, param_groups, parametrize, value
-from prepare_data import read_tokens
+from prepare_data import read_folder, read_tokens
 
 HERE = Path(train.__file__).parent
 NORMALIZED = [name for name, rows in COLUMNS.items() if "alpha_init" in rows]           # columns for GPT
@@ -119,8 +120,8 @@ def run(*argv):
 
 
 def process(*argv, preexec_fn=None, **env):
-    return subprocess.run([sys.executable, *map(str, argv)], cwd=HERE, capture_output=True, text=True, preexec_fn=preexec_fn,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", **env})
+    return subprocess.run([sys.executable, *map(str, argv)], cwd=HERE, capture_output=True, text=True, timeout=120,
+                          preexec_fn=preexec_fn, env={**os.environ, "OMP_NUM_THREADS": "1", **env})
 
 
 def start(*argv, before=lambda step: None, rank=0, ranks=1, port=0):
@@ -919,3 +920,290 @@ def test_a_file_is_on_the_disk_before_it_replaces_another_and_so_is_its_name_bef
     monkeypatch.setattr(os, "replace", lambda *paths: (events.append("renamed"), rename(*paths)))
     prepare_data.write_aside(tmp_path / "file", lambda file: file.write(b"new"))
     assert events == [(tmp_path / "file").stat().st_ino, "renamed", tmp_path.stat().st_ino]
+
+
+# ---------------------------------------------------------------- prepare_data.py: text and token files
+
+VAL, *TRAIN = SHARDS = ["edu_fineweb_val_000000.bin", *(f"edu_fineweb_train_{i:06d}.bin" for i in range(1, 5))]
+
+
+def prepared(out, *argv):
+    """`python prepare_data.py … --out=out` in this process. Returns None, or the sentence with which it refuses."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(sys, "argv", ["prepare_data.py", *map(str, argv), f"--out={out}"])
+        sys.exit(prepare_data.main())
+    assert "\n" not in (end.value.code or "")
+    return end.value.code
+
+
+def text_of(folder):
+    return [bytes(read_tokens(folder / f"{split}.bin").astype(np.uint8)) for split in ("train", "val")]
+
+
+def token_file(tokens, magic=20240520, version=1, dtype="<u2"):
+    """Content of a token file in llm.c's format."""
+    return np.array([magic, version, len(tokens)] + [0] * 253, "<i4").tobytes() + np.asarray(tokens, dtype).tobytes()
+
+
+@pytest.fixture
+def tiny_encoding(monkeypatch):
+    """A real encoding of tiktoken that needs no network; "gpt2" stands for it."""
+    ranks = {bytes([i]): i for i in range(256)} | {b"no": 256, b"rm": 257, b"norm": 258, "ä".encode(): 259}
+    encoding = tiktoken.Encoding("tiny", pat_str=r"\S+|\s+", mergeable_ranks=ranks,
+                                 special_tokens={"<|endoftext|>": 260})
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: encoding)
+    return encoding
+
+
+def test_a_folders_files_go_whole_to_one_split_and_stay_there(tmp_path):
+    texts, splits = [f"[text {i}: {'norm ' * 9}]".encode() for i in range(240)], []
+    for i, text in enumerate(texts):
+        path = tmp_path / "in" / f"{i % 3}" / (f"{i}.txt.gz" if i % 2 else f"{i}.txt")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(gzip.compress(text) if i % 2 else text)
+    for i in range(2):
+        assert prepared(tmp_path / "out", tmp_path / "in") is None
+        assert sum(map(len, text_of(tmp_path / "out"))) == sum(map(len, texts)) + 4 * i
+        splits.append([[text in part for text in texts] for part in text_of(tmp_path / "out")])
+        (tmp_path / "in/0/another.txt").write_text("norm")
+    assert splits[0] == splits[1] and 0 < sum(splits[0][1]) < 30 and np.sum(splits[0], axis=0).tolist() == [1] * 240
+
+
+def test_standard_library_is_always_split_the_same(tmp_path):
+    """Once here, once in a process with other string hashes."""
+    meta = prepare_data.prepare_stdlib(tmp_path / "a", progress=False)
+    assert process(HERE / "prepare_data.py", f"--out={tmp_path / 'b'}", PYTHONHASHSEED="7").returncode == 0
+    assert meta == read_folder(tmp_path / "a")[2] == read_folder(tmp_path / "b")[2]
+    text = b"".join(text_of(tmp_path / "a"))
+    assert [text.count(Path(module.__file__).read_bytes()) for module in (os, json, pytest)] == [1, 1, 0]
+    assert 0.02 < meta["val"]["bytes"] / len(text) < 0.1
+
+
+def test_tokens_of_many_pieces_are_those_of_the_whole_text(tiny_encoding, tmp_path, monkeypatch):
+    """Also: end-of-text ends each part of a text, and a batch has a piece for each core, and not many more."""
+    texts, batches, parts = ["".join(f"norm {i}-{j} ä\n" for j in range(300)).encode() for i in range(3)], [], []
+    for text, name in zip(texts, ("0.txt", "1.txt.gz", "2.txt")):
+        (tmp_path / name).write_bytes(gzip.compress(text) if name == "1.txt.gz" else text)
+
+    def get_tokenizer(name, get=prepare_data.get_tokenizer):
+        encode, *rest = get(name)
+        return lambda texts: (batches.append([len(text) for text in texts]), encode(texts))[1], *rest
+    monkeypatch.setattr(prepare_data, "get_tokenizer", get_tokenizer)
+    monkeypatch.setattr(prepare_data, "CHUNK", 100)
+    assert prepared(tmp_path / "out", tmp_path, "--tokenizer=gpt2") is None
+    meta = json.loads((tmp_path / "out/meta.json").read_text())
+    for split in ("train", "val"):
+        tokens = read_tokens(tmp_path / f"out/{split}.bin")
+        parts.append(np.split(tokens, np.flatnonzero(tokens == 260) + 1))
+        assert meta[split] == dict(tokens=len(tokens), bytes=len(tiny_encoding.decode_bytes(tokens[tokens != 260])),
+                                   sha256=hashlib.sha256(token_file(tokens)).hexdigest())
+    for text, *split in zip(texts, *parts):
+        decoded = [tiny_encoding.decode_bytes(part[:-1]) for part in split]
+        assert b"".join(decoded) == text and 0.94 < len(decoded[0]) / len(text) < 0.96
+        for part, part_text in zip(split, decoded):
+            assert part[:-1].tolist() == tiny_encoding.encode_ordinary(part_text.decode())
+    assert meta["vocab_size"] == 261 and [len(part) for part in parts[0] + parts[1] if len(part) == 0] == [0, 0]
+    assert sum(map(bool, batches[0])) >= os.cpu_count() and max(map(len, batches)) <= 2 * os.cpu_count()
+    (tmp_path / "line.txt").write_text("ν" * 1050 + "\n" + "μ" * 30)        # a long line is cut
+    lengths = [len(text) for text in prepare_data.text_chunks(tmp_path / "line.txt")]
+    assert sum(lengths) == 1081 and max(lengths + sum(batches, [])) <= 200
+
+
+def test_tokens_of_a_large_vocabulary_take_four_bytes(tmp_path, monkeypatch):
+    (tmp_path / "text.txt").write_text("norm " * 100)
+    for size, dtype in ((2 ** 16, np.uint16), (2 ** 16 + 1, np.uint32)):
+        tokenizer = lambda texts: [[size - 1] * len(text) for text in texts], None, size, None
+        monkeypatch.setattr(prepare_data, "get_tokenizer", lambda name: tokenizer)
+        assert prepared(tmp_path, tmp_path / "text.txt") is None
+        tokens = read_tokens(tmp_path / "train.bin")
+        assert tokens.dtype == dtype and tokens.tolist() == [size - 1] * 475
+
+
+def test_bad_input_gets_one_sentence(tmp_path, monkeypatch):
+    (tmp_path / "text.txt").write_text("norm\n" * 100)
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "bad.txt.gz").write_bytes(gzip.compress(b"norm\n" * 100)[:-9])
+    monkeypatch.setattr(prepare_data, "MAX_TOKENS", 474)
+    monkeypatch.chdir(tmp_path)
+    for argv, words in (("none.txt", "must be a .txt"), ("text.txt --tokenizer=gpt7", "no tokenizer 'gpt7'"),
+                        ("empty.txt", "0 tokens of text for train"), ("bad.txt.gz", "end-of-stream"),
+                        ("text.txt", "475 tokens of text for train; 1 to 474 fit"), ("--width=3", "unrecognized"),
+                        ("shakespeare --tokens=5", "goes with fineweb"), ("fineweb_edu --tokenizer=byte", "of gpt2"),
+                        *((f"fineweb_edu --tokens={tokens}", "between 1 and") for tokens in (0, 1.002e11, "nan"))):
+        assert words in prepared("out", *argv.split()) and not list(tmp_path.glob("out/[a-z]*"))
+
+
+def test_killed_tokenization_leaves_nothing_that_looks_finished(tmp_path):
+    """Killed between its two token files, in a new folder and in one of other data. The same command mends both."""
+    (tmp_path / "old.txt").write_text("norm\n" * 100)
+    (tmp_path / "new.txt").write_text("another text, of another length\n" * 100)
+    assert prepared(tmp_path / "old", tmp_path / "old.txt") is None
+    code = ("import os, prepare_data; replace = os.replace\n"
+            "os.replace = lambda *paths: (replace(*paths), os.kill(os.getpid(), 9))\nprepare_data.main()")
+    for out in (tmp_path / "new", tmp_path / "old"):
+        assert process("-c", code, tmp_path / "new.txt", f"--out={out}").returncode == -9 and list(out.glob("*.tmp"))
+        with pytest.raises(ValueError, match="no meta.json|but meta.json says"):
+            read_folder(out)
+        assert prepared(out, tmp_path / "new.txt") is None and len(read_folder(out)[0]) == 3040
+        assert not list(out.glob("*.tmp"))
+
+
+def test_folders_come_back_as_written_or_are_refused_by_the_name_of_the_file(tmp_path):
+    """Shards are one stream wherever they are cut: twice within one sequence, an empty shard, one token alone."""
+    tokens, cuts = np.random.default_rng(0).integers(0, 2 ** 16, 400), [3, 8, 8, 9, 200, 301]
+    shards = {f"{i}.bin": part for i, part in enumerate(np.split(tokens, cuts))}
+    for name, part in shards.items():
+        (tmp_path / name).write_bytes(token_file(part))
+    (tmp_path / "val.bin").write_bytes(token_file(tokens + 2 ** 16, 20240801, 7, "<u4"))
+    meta = dict(vocab_size=2 ** 17, val=dict(tokens=400), train=dict(shards={key: len(shards[key]) for key in shards}))
+    prepare_data.write_json(tmp_path / "meta.json", meta)
+    train, val, read = read_folder(tmp_path)
+    assert read == meta and len(train) == len(val) == 400 and np.array_equal(val[0:400], tokens + 2 ** 16)
+    for start, stop in itertools.combinations((0, 1, 3, 8, 9, 10, 200, 250, 301, 400), 2):
+        assert np.array_equal(train[start:stop], tokens[start:stop])
+    for path, raw in ((path, path.read_bytes()) for path in (tmp_path / "4.bin", tmp_path / "val.bin")):
+        for bad, words in ((b"\0" + raw[1:], "is not a token file"), (raw[:4] + b"\5" + raw[5:], "is not a token file"),
+                           (raw[:100], "is not a token file"), (raw[:-1], "was cut"), (raw + b"\0", "was cut"),
+                           (raw[:8] + bytes(4) + raw[12:1024], "has 0 tokens, but meta.json"), (None, "is missing")):
+            path.unlink() if bad is None else path.write_bytes(bad)
+            with pytest.raises(ValueError, match=f"^{path} {words}"):
+                read_folder(tmp_path)
+        path.write_bytes(raw)
+    for bad in ("{", "[]", '{"train": 3}', "\0", '{"tokenizer": "byte"}', None):
+        (tmp_path / "meta.json").unlink() if bad is None else (tmp_path / "meta.json").write_text(bad)
+        with pytest.raises(ValueError, match="meta.json is damaged" if bad else "is no data folder"):
+            read_folder(tmp_path)
+
+
+# ---------------------------------------------------------------- prepare_data.py: downloads from a local server
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Serves server.files, with server.faults in the next answers. server.asked: file -> first byte of each request."""
+    log_message = lambda *args: None
+
+    def do_GET(self):
+        name, first = self.path[1:], int(re.fullmatch(r"bytes=(\d+)-", self.headers["Range"])[1])
+        self.server.asked.setdefault(name, []).append(first)
+        fault, whole = self.server.faults.pop(0) if self.server.faults else "", self.server.files[name]
+        if fault == "silent":
+            return time.sleep(5)
+        bad = dict(page=b"<html>", short=whole[:-2], long=whole + b"\0\0", foreign=whole[:-2] + b"\xff\xff")
+        ranged, whole = fault not in ("rangeless", "page"), bad.get(fault, whole)
+        body = whole[first:] if ranged else whole
+        status = 503 if fault == "503" else 416 if body == b"" else 206 if ranged else 200
+        self.send_response(status)
+        self.send_header("Content-Length", len(body))
+        self.end_headers()
+        self.wfile.write(b"" if status > 400 else body[:len(body) // 2] if fault in ("cut", "stall") else body)
+        time.sleep(5 if fault == "stall" else 0)
+
+
+@pytest.fixture
+def server(monkeypatch, tiny_encoding):
+    """A server with four shards of 100,000 tokens and one for validation; time-outs and pauses are short."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        server.daemon_threads, server.faults, server.asked = True, [], {}
+        server.url = f"http://127.0.0.1:{server.server_port}/"
+        tokens = np.random.default_rng(0).integers(0, 261, (len(SHARDS), 100_000))
+        server.files = {name: token_file(shard) for name, shard in zip(SHARDS, tokens)}
+        for name, constant in dict(FINEWEB_EDU=server.url, SHAKESPEARE=server.url, SHARD_TOKENS=100_000, SHARDS=4,
+                                   PATIENCE=0.4, BACKOFF=0.01).items():
+            monkeypatch.setattr(prepare_data, name, constant)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def fineweb(server, out, tokens=1e5):
+    """None, and out holds exactly shards that are the server's; or the sentence with which fineweb_edu is refused."""
+    server.asked.clear()
+    refusal = prepared(out, "fineweb_edu", f"--tokens={tokens}")
+    files = {path.name: path.read_bytes() for path in out.iterdir() if path.name not in ("meta.json", ".lock")}
+    assert refusal or files and files == {name: server.files[name] for name in files}
+    return refusal
+
+
+@pytest.mark.parametrize("faults, words", (
+    *((faults, "") for faults in ("503 503", "silent", "stall", "cut stall cut", "cut rangeless", "page", "short",
+                                  "foreign", "cut long", "cut page")),
+    ("503 " * 5, "503"), ("silent " * 5, "timed out"), ("page " * 5, "not a token file"), ("long " * 5, "was cut"),
+    ("foreign " * 5, "has the token 65,535")))
+def test_download_gets_over_what_servers_do_or_says_what_it_was(faults, words, server, tmp_path):
+    server.faults += faults.split()
+    begun = time.time()
+    if words:
+        refusal = fineweb(server, tmp_path)
+        assert words in refusal and VAL in refusal
+        assert {path.name for path in tmp_path.iterdir()} <= {".lock", f"{VAL}.part"}      # no file of its own name
+    assert fineweb(server, tmp_path) is None and time.time() - begun < 5
+    if not words:
+        assert (0 < server.asked[VAL][1] <= 100_512) == faults.startswith(("cut", "stall"))
+        assert len(server.asked[VAL]) == 1 + len(faults.replace("rangeless", "").split())
+
+
+def test_only_what_is_asked_for_and_not_there_is_downloaded(server, tiny_encoding, tmp_path, monkeypatch, capsys):
+    """And the bytes are counted once there is a vocabulary."""
+    with monkeypatch.context() as patch:
+        patch.setattr(tiktoken, "get_encoding", lambda name: open("/none/vocabulary"))
+        assert fineweb(server, tmp_path, 150_001) is None and set(server.asked) == {VAL, *TRAIN[:2]}
+    assert read_folder(tmp_path)[2]["val"]["bytes"] is None and "bits per byte will be" in capsys.readouterr().out
+    assert fineweb(server, tmp_path, 2e5) is None and not server.asked
+    train, val, meta = read_folder(tmp_path)
+    assert bytes(train[0:200_000]) == server.files[TRAIN[0]][1024:] + server.files[TRAIN[1]][1024:]
+    assert len(train) == 200_000 == meta["train"]["tokens"] and len(val) == 100_000
+    tokens = val[0:100_000]
+    assert meta["val"]["bytes"] == len(tiny_encoding.decode_bytes(tokens[tokens != 260]))
+    assert fineweb(server, tmp_path, 3e5) is None and set(server.asked) == {TRAIN[2]}
+
+
+def test_killed_download_goes_on_where_it_was(server, tmp_path, monkeypatch):
+    """Also one that was killed between a file's last byte and its name. Before that, nobody else may write there."""
+    server.faults += ["stall"]
+    code = f"import prepare_data as p; p.FINEWEB_EDU = '{server.url}'; p.SHARD_TOKENS = 100_000; p.main()"
+    argv = ["fineweb_edu", "--tokens=1e5", f"--out={tmp_path}"]
+    killed = subprocess.Popen([sys.executable, "-c", code, *argv], cwd=HERE)
+    part, deadline = tmp_path / f"{VAL}.part", time.time() + 20
+    while not (part.exists() and part.stat().st_size) and time.time() < deadline:
+        time.sleep(0.01)
+    assert "another process is writing" in fineweb(server, tmp_path)
+    killed.kill()
+    killed.wait()
+    size = part.stat().st_size
+    assert 0 < size < 100_512 and not (tmp_path / VAL).exists()
+    (tmp_path / f"{TRAIN[0]}.part").write_bytes(server.files[TRAIN[0]])
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 201_024 - size - 1))
+    assert f"{201_024 - size:,} bytes are to be downloaded" in fineweb(server, tmp_path) and not server.asked
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 201_024 - size))
+    assert fineweb(server, tmp_path) is None and server.asked == {VAL: [size], TRAIN[0]: [201_024]}
+
+
+def test_shakespeare_is_tokenized_here_if_it_is_what_it_should_be(server, tmp_path, monkeypatch):
+    text = b"First Citizen:\nBefore we proceed any further, hear me speak.\n\n" * 50
+    server.files["input.txt"] = text.replace(b"speak", b"smile")
+    monkeypatch.setattr(prepare_data, "SHAKESPEARE_SHA256", hashlib.sha256(text).hexdigest())
+    assert "has not the sha256" in prepared(tmp_path, "shakespeare") and not (tmp_path / "input.txt").exists()
+    server.files["input.txt"] = text
+    for _ in range(2):
+        assert prepared(tmp_path, "shakespeare") is None and b"".join(text_of(tmp_path)) == text
+    assert server.asked == {"input.txt": [0] * (prepare_data.ATTEMPTS + 1)}
+    (tmp_path / "input.txt").write_bytes(text[:-1])
+    assert "input.txt has not the sha256" in prepared(tmp_path, "shakespeare")
+
+
+@pytest.mark.parametrize("network", ("refuses", "says nothing", "has a name server that hangs"))
+@pytest.mark.parametrize("source, words", (("fineweb_edu", "use `python"), ("text.txt --tokenizer=gpt2", "TIKTOKEN_")))
+def test_no_network_is_said_within_ten_seconds(source, words, network, tmp_path):
+    """Of the true addresses, by a proxy that nobody listens at or that says nothing, or with a hanging name server."""
+    (tmp_path / "text.txt").write_text("text\n" * 100)
+    hang = "socket.getaddrinfo = lambda *args, **options: time.sleep(30)" if "name" in network else ""
+    code = (f"import os, socket, time, prepare_data as p; os.chdir({str(tmp_path)!r}); assert p.PATIENCE <= 8\n{hang}\n"
+            "p.PATIENCE, begun = 0.5, time.time()\ntry: p.main()\nfinally: print(time.time() - begun)")
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+        url = "" if hang else f"http://127.0.0.1:{proxy.getsockname()[1]}"
+        proxy.close() if network == "refuses" else None
+        begun = time.time()
+        done = process("-c", code, *source.split(), "--out=out", HTTPS_PROXY=url, https_proxy=url, NO_PROXY="",
+                       no_proxy="", TIKTOKEN_CACHE_DIR=str(tmp_path))
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and words in done.stderr
+    assert float(done.stdout) < 2 and time.time() - begun < 8 and not list(tmp_path.glob("out/[a-z]*"))
