@@ -922,6 +922,49 @@ def test_a_file_is_on_the_disk_before_it_replaces_another_and_so_is_its_name_bef
     assert events == [(tmp_path / "file").stat().st_ino, "renamed", tmp_path.stat().st_ino]
 
 
+# ---------------------------------------------------------------- sweep.sh and README.md
+
+def test_sweep_prints_or_runs_its_grid_names_what_failed_and_goes_on(data, tmp_path):
+    pytest.importorskip("matplotlib")
+    results = tmp_path / "a.csv"
+
+    def sweep(axis="width", **env):
+        settings = dict(SIZES="16:1:4 32:1:4 20:1:4", RULES="ngpt nugpt", SEEDS="0 1", GRID="-6 -5 20", NGPT_GRID="-7 -6", GPUS="",
+                        HEAD_DIM=8, SEQ_LEN=16, BATCH_SIZE=4, EVAL_TOKENS=304, DATA=data, RESULTS=results, JOBS=2, PYTHON=sys.executable,
+                        TRAIN_OPTIONS="--device=cpu --dtype=float32 --compile=False")
+        return subprocess.run(["bash", HERE / "sweep.sh", axis], capture_output=True, text=True, timeout=100,
+                              env={**os.environ, **{key: str(setting) for key, setting in {**settings, **env}.items()}})
+    dry = sweep(DRY=1).stdout.splitlines()
+    sizes = [re.search(r"=(\w+) --width=(\d+) .*=(\S+) --seed=(\d)", command).groups() for command in dry]
+    rates = {"nugpt": "0.015625,0.03125,1048576", "ngpt": "0.0078125,0.015625"}         # at the base the columns are the same runs
+    assert sizes == [(rule, width, rates[rule if width != "16" else "nugpt"], seed) for width in ("32", "20", "16")
+                     for rule in ("ngpt", "nugpt") for seed in "01" if (rule, width) != ("nugpt", "16")] and not results.exists()
+    one_class = sweep("classes", DRY=1, RULES="nugpt", CLASSES="hidden unembedding", GRID="-1 1").stdout
+    assert re.findall(r"--(\w+_lr_mult=\S+) --seed=0,1", one_class) == [
+        "hidden_lr_mult=0.5", "hidden_lr_mult=2", "unembedding_lr_mult=0.25", "unembedding_lr_mult=1"] * 3
+    subprocess.run(["bash", "-c", dry[0]], cwd=HERE, check=True, capture_output=True)   # a command from the list, run elsewhere
+    for _ in range(2):
+        done = sweep()
+        assert done.returncode == 1                             # width 20 is no multiple of head_dim, and stops nobody
+        assert done.stdout.split("failed, and tried again")[1].count("train.py: width must be a positive multiple of head_dim=8") == 4
+        assert len(read_csv(results)) == 2 * (2 + 3 + 3) and "same best η?" in done.stdout and (tmp_path / "a.png").exists()
+    done = sweep(SIZES="16:1:4 32:1:4", SEEDS="0")
+    assert done.returncode == 0 and done.stdout.count("skipped") == 8 and len(read_csv(results)) == 16
+
+
+def test_the_readmes_table_is_the_one_that_is_used():
+    lines = [line.strip("| ").split(" | ") for line in (HERE / "README.md").read_text().splitlines() if line.startswith("| ")]
+    head = next(i for i, cells in enumerate(lines) if "**nugpt**" in cells)
+    columns, shown = [name.strip("*") for name in lines[head]], {}
+    for rows, *cells in lines[head + 1:]:
+        if len(cells) != len(columns) or rows.split(", ")[0] not in COLUMNS["nugpt"]:
+            break
+        shown |= {row: dict(zip(columns, cells)) for row in rows.split(", ")}
+    table = parametrize_py.read_table(parametrize_py.TABLE)
+    assert columns == list(table) and shown == {row: {name: table[name][row] for name in table} for row in shown}
+    assert {row for row in table["nugpt"] if any(table[name][row] != "1" for name in table)} <= shown.keys()
+
+
 # ---------------------------------------------------------------- prepare_data.py: text and token files
 
 VAL, *TRAIN = SHARDS = ["edu_fineweb_val_000000.bin", *(f"edu_fineweb_train_{i:06d}.bin" for i in range(1, 5))]
