@@ -1,10 +1,10 @@
 """
 The normalized Transformer: nGPT (arXiv:2410.01131) in the form of νGPT (arXiv:2604.27077, section 2).
 
-Every hidden state is a unit vector of length d, and every weight matrix is a stack of such vectors, one a row: F.linear(h, W)
-maps from the hidden state, y @ W maps back. A block does not add to the hidden state: it turns the state a little towards
-the block's output, by a learnable step per channel, the "eigen learning rate" α. How large α and the other rescalers start,
-and how fast everything moves, is not here: parametrize.py holds it, in one table.
+Every hidden state is a unit vector of length d, and every weight matrix is a stack of such vectors, one a row:
+F.linear(h, W) maps from the hidden state, y @ W maps back. A block does not add to the hidden state: it turns the
+state a little towards the block's output, by a learnable step per channel, the "eigen learning rate" α. How large α
+and the other rescalers start, and how fast everything moves, is in one table: see parametrize.py.
 
     model = GPT(GPTConfig(width=256, depth=4, head_dim=32, vocab_size=256, seq_len=128))
     logits, loss = model(tokens, targets)        # tokens, targets: (B, T) int64
@@ -54,7 +54,6 @@ class GPTConfig:
 
     @property
     def mlp_width(self):
-        """mlp_ratio · width, rounded to the nearest multiple of 16."""
         return max(16, 16 * round(self.mlp_ratio * self.width / 16))
 
 
@@ -76,8 +75,8 @@ def rope(x, table):
 
 
 class Rescaler(nn.Module):
-    """A trainable tensor that multiplies activations: its value is raw · init/scale, where raw starts at scale. Adam moves
-    raw by about η a step whatever its size, so the relative change a step is η/scale. nGPT section 2.5."""
+    """A trainable tensor that multiplies activations: its value is raw · init/scale, and raw starts at scale. Adam
+    moves raw by about η a step whatever its size, so the relative change a step is η/scale. nGPT section 2.5."""
     def __init__(self, *shape, init, scale):
         super().__init__()
         self.init, self.scale = init, scale
@@ -98,15 +97,15 @@ class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config, d, m = config, config.width, config.mlp_width
-        alpha = dict(init=config.alpha_init, scale=config.alpha_scale)
-        mlp = dict(init=config.mlp_init, scale=config.mlp_scale)
         self.qkv = nn.Parameter(torch.empty(3 * d, d))      # W_q over W_k over W_v
         self.attn_out = nn.Parameter(torch.empty(d, d))     # W_O, transposed
         self.mlp_in = nn.Parameter(torch.empty(2 * m, d))   # W_u over W_ν
         self.mlp_out = nn.Parameter(torch.empty(m, d))      # W_oMLP, transposed
         self.s_qk = Rescaler(d // config.head_dim, 1, config.head_dim, init=config.qk_init, scale=config.qk_scale)
-        self.s_u, self.s_v = Rescaler(m, **mlp), Rescaler(m, **mlp)                     # s_u, s_ν
-        self.attn_alpha, self.mlp_alpha = Rescaler(d, **alpha), Rescaler(d, **alpha)    # α_A, α_M
+        self.s_u = Rescaler(m, init=config.mlp_init, scale=config.mlp_scale)
+        self.s_v = Rescaler(m, init=config.mlp_init, scale=config.mlp_scale)            # s_ν
+        self.attn_alpha = Rescaler(d, init=config.alpha_init, scale=config.alpha_scale) # α_A
+        self.mlp_alpha = Rescaler(d, init=config.alpha_init, scale=config.alpha_scale)  # α_M
 
     def attention(self, h, table):
         (B, T, d), D = h.shape, self.config.head_dim
@@ -130,13 +129,14 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Parameters are fp32, the master weights of mixed precision. For bf16 compute call the model under torch.autocast:
-    the matrix products are then bf16, hidden states and norms stay fp32."""
-    def __init__(self, config, block=Block):
+    """Parameters are fp32. Under torch.autocast the matrix products are bf16, hidden states and norms stay fp32."""
+    block = Block
+
+    def __init__(self, config):
         super().__init__()
         self.config = config
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.width))     # E_in
-        self.blocks = nn.ModuleList(block(config) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(self.block(config) for _ in range(config.depth))
         self.unembedding = nn.Parameter(torch.empty(config.vocab_size, config.width))   # E_out, not tied
         self.s_z = Rescaler(config.vocab_size, init=config.logit_init, scale=config.logit_scale)
         self.register_buffer("rope", torch.empty(2, config.seq_len, config.head_dim // 2), persistent=False)
@@ -144,7 +144,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Draw all weights; to be called again after `to_empty` from the meta device. Raises ValueError if one is left out."""
+        """Draw all weights; call it again after `to_empty` from the meta device. Raises ValueError if one is left."""
         for parameter in self.parameters():
             parameter.fill_(math.nan)
         self.draw_weights()
@@ -206,10 +206,8 @@ class GPT(nn.Module):
             tokens = torch.cat((tokens, new), dim=1)
         return tokens
 
-    def num_params(self, embeddings=True):
-        """Number of parameters; embeddings=False leaves out E_in and E_out (both, as they are not tied)."""
-        total = sum(p.numel() for p in self.parameters())
-        return total if embeddings else total - self.embedding.numel() - self.unembedding.numel()
+    def num_params(self):
+        return sum(parameter.numel() for parameter in self.parameters())
 
     def flops_per_token(self):
         """FLOPs of forward and backward a token, as PaLM (arXiv:2204.02311, appendix B) counts them."""
@@ -242,10 +240,8 @@ class PlainBlock(nn.Module):
 
 
 class PlainGPT(GPT):
-    """A standard GPT (pre-norm, RoPE, SwiGLU, no biases) of the same shape and interface, to be trained with weight decay
-    and warm-up in the columns gpt_sp and gpt_mup of parametrize.py."""
-    def __init__(self, config):
-        super().__init__(config, PlainBlock)
+    """A standard GPT (pre-norm, RoPE, SwiGLU, no biases); it needs weight decay and warm-up. Same shape and interface."""
+    block = PlainBlock
 
     def draw_weights(self):
         config, self.s_z = self.config, None        # logits are not rescaled
