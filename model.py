@@ -240,7 +240,7 @@ class PlainBlock(nn.Module):
 
 
 class PlainGPT(GPT):
-    """A standard GPT (pre-norm, RoPE, SwiGLU, no biases); it needs weight decay and warm-up. Same shape and interface."""
+    """A standard GPT: pre-norm, RoPE, SwiGLU, no biases. Same interface; it needs weight decay and warm-up."""
     block = PlainBlock
 
     def draw_weights(self):
