@@ -1,303 +1,253 @@
 """
-The verdict on a sweep of train.py: does the best learning rate stay where it is as models grow?
+The verdict on a results table of train.py: does the best learning rate η stay where it is as models grow?
 
-    python results/verdict.py results/width_1600.csv --plot=results/width_1600.png
+    python results/verdict.py results/width_1600.csv --plot=picture.png
+
+A table of one column and size with many values of several hyperparameters is a random search: the verdict then is its best
+runs, the ranges that were too narrow, and the options to paste.
 """
 import argparse
 import csv
 import functools
 import math
-import os
 import statistics
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from parametrize import COLUMNS, TENSOR_CLASSES, parametrize  # noqa: E402
+import parametrize as rules
+from train import MATHEMATICS, Config
 
 SIZES = ["width", "depth", "steps", "base_width", "base_depth", "base_steps"]
-MULTS = [f"{tensors}_lr_mult" for tensors in TENSOR_CLASSES]
-RECIPE = ["warmup_steps", "weight_decay"]       # may differ between columns: a plain GPT needs some, a normalized one none
-NUMBERS = {**dict.fromkeys((*SIZES, "seed", "parameters", "warmup_steps"), int),
-           **dict.fromkeys((*MULTS, "weight_decay", "learning_rate", "val_loss"), float)}
-ALPHAS = ["attn_alpha", "mlp_alpha"]
-RUN = [key for key in NUMBERS if key not in ("parameters", "val_loss")]
-MAY_DIFFER = {      # between the runs of one sweep
-    "parametrization", "width", "depth", "steps", "learning_rate", "seed", "micro_batch_size", "out_dir", "results",
-    "resume", "sample_only", "prompt", "sample_tokens", "log_every", "eval_every", "checkpoint_every", "alignment_every",
-    "device", "compile", "bench", *RECIPE}
-
-
-def log2(number):
-    """Rounded, so that equal learning rates are equal whatever the way they were computed. Raises ValueError for 0."""
-    return round(math.log2(number), 4)
-
-
-def one_class_at_a_time(runs):
-    """Whether the runs have one η and vary the multipliers of tensor classes instead."""
-    return len({float(run["learning_rate"]) for run in runs}) == 1 and any(len({run[key] for run in runs}) > 1 for key in MULTS)
-
-
-def read_run(options, keys, where):
-    """{option: text} with numbers as numbers and inf as a diverged run's val_loss. Raises ValueError."""
-    run = {"status": "", **dict.fromkeys(RECIPE, 0), **dict.fromkeys(MULTS, 1), "unembedding_lr_mult": -1, **options}   # train.py's defaults
-    for key in keys:
-        try:
-            run[key] = NUMBERS[key](run[key])
-            if key == "learning_rate":
-                log2(run[key])
-        except (KeyError, TypeError, ValueError, OverflowError):
-            raise ValueError(f"{where}: {key} must be a possible number, not {run.get(key)!r}") from None
-    if run["status"] == "diverged" or math.isnan(run.get("val_loss", 0)):
-        run["val_loss"] = math.inf
-    return run
-
-
-def read_rows(path):
-    """The rows of a .csv file as dictionaries of text. Raises ValueError if it cannot be read."""
-    try:
-        with open(path, newline="") as file:
-            return list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"cannot read {path}: {error}") from None
+MULTS = [f"{tensors}_lr_mult" for tensors in rules.TENSOR_CLASSES]
+RECIPE = ["warmup_steps", "weight_decay"]       # may differ between columns and lengths: a plain GPT needs some
+SEARCHED = ["learning_rate", "alpha_init", *MULTS, "weight_decay"]
+parametrize = functools.cache(rules.parametrize)
 
 
 def read_results(path):
-    """The runs in a results file of train.py. Raises ValueError if it is none, or if its runs are not of one sweep."""
-    rows = read_rows(path)
-    for key in ("parametrization", "step", "status", "learning_rate", "val_loss"):
-        if not rows or key not in rows[0]:
-            raise ValueError(f"{path} is no results file of train.py: it has no {f'column {key}' if rows else 'rows'}")
-    runs = [read_run(row, NUMBERS, f"{path}, line {i}") for i, row in enumerate(rows, 2)]
-    may_differ = MAY_DIFFER.union(MULTS if one_class_at_a_time(runs) else ())
-    for key in list(rows[0])[:list(rows[0]).index("step")]:     # the configuration; what comes then is the outcome
-        if key not in may_differ and len(values := {str(row[key]) for row in rows}) > 1:
-            raise ValueError(f"{path} mixes runs with {key} = {' and '.join(sorted(values))}; give each its own file")
-    recipes(runs)
-    return runs
+    """
+    The runs of a results table as dicts of options and outcome, val_loss in nats a token (inf: diverged). A missing column is
+    the option's default; of equal runs the last row counts. Raises ValueError if the file is no such table.
+    """
+    try:
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"cannot read {path}: {error}") from None
+    if missing := {"parametrization", "learning_rate", "val_loss", "status"}.difference(*rows[:1]):
+        raise ValueError(f"{path} is no results table of train.py: it has no rows with {', '.join(sorted(missing))}")
+    runs = {}
+    for line, row in enumerate(rows, 2):
+        run = {key: str(cell) for key, cell in {**vars(Config()), "parameters": 0, **row}.items()}
+        if run["status"] == "diverged":
+            run["val_loss"] = "inf"
+        for key in (*SIZES, *SEARCHED, "warmup_steps", "seed", "parameters", "val_loss"):
+            try:
+                run[key] = float(run[key])
+                assert not math.isnan(run[key]) and (run[key] > 0 or key not in (*SIZES, "learning_rate"))
+            except (ValueError, AssertionError):
+                raise ValueError(f"{path}, line {line}: {key} must be a possible number, not {run[key]!r}") from None
+        runs[tuple(run[key] for key in MATHEMATICS)] = run
+    return list(runs.values())
+
+
+def factor_on_eta(run, name):
+    """
+    What makes a run's η that of the same run of column `name`: 1 at the base size, where all columns are one; at the base
+    width and depth the ratio of the columns' powers of m_t; 0 where the runs differ.
+    """
+    options = [run[key] for key in (*SIZES, "alpha_init", *MULTS)]
+    (initial, scale), (wanted_initial, wanted) = parametrize(run["parametrization"], *options), parametrize(name, *options)
+    factor = sum(scale.values()) / sum(wanted.values())
+    same = initial == wanted_initial and all(math.isclose(scale[key], factor * wanted[key]) for key in scale)
+    return round(factor, 9) if same else 0
+
+
+def losses(points):
+    """Of {(x, seed): run}: seeds; x, ascending; loss (seeds, x; nan: not run, inf: diverged); mean over seeds (x,)."""
+    seeds, x = sorted({seed for _, seed in points}), np.array(sorted({x for x, _ in points}))
+    loss = np.array([[points.get((a, seed), {}).get("val_loss", math.nan) for a in x] for seed in seeds])
+    # Seeds differ mostly by a shift. Each is moved to the common level, lest an x that only some have run be misplaced.
+    shared = np.isfinite(loss).all(0)
+    level = loss[:, shared].mean(1, keepdims=True) if shared.any() else np.zeros((1, 1))
+    return seeds, x, loss, np.nanmean(loss - level, axis=0) + level.mean()
+
+
+def make_curve(points, own):
+    """
+    Loss against x, log2 of η or of a multiplier, from {(x, seed): run}: a namespace of what losses() returns, best (index of
+    the lowest mean), window (slice of the points to fit), radius (points on each side of the best in it), complete (seeds
+    that have them all), add (x still to run), alpha (mean |α| at the best) and own (whether the column itself was run).
+    """
+    seeds, x, loss, mean = losses(points)
+    best = int(mean.argmin())
+    # Five points, as many left as right of the best: three, or one, if others are missing or diverged.
+    radius = max((r for r in (1, 2) if r <= best < len(x) - r and np.isfinite(mean[best - r:best + r + 1]).all()), default=0)
+    window, near = slice(best - radius, best + radius + 1), slice(max(best - 2, 0), best + 3)
+    add, step = set(x[near][np.isnan(loss[:, near]).any(0)]), np.diff(x).min() if len(x) > 1 else 0.5
+    for edge, outward, beyond in ((x[0], -step, mean[:best][::-1]), (x[-1], step, mean[best + 1:])):
+        if not np.isinf(beyond[:2]).any():      # behind a divergence there is nothing to look for
+            add |= {edge + outward * i for i in range(1, 3 - len(beyond))}
+    alphas = [float(run.get(key) or "nan") for (a, _), run in points.items() if a == x[best] for key in ("attn_alpha", "mlp_alpha")]
+    return SimpleNamespace(
+        seeds=seeds, x=x, loss=loss, mean=mean, best=best, window=window, radius=radius, add=sorted(add), own=own,
+        complete=[seed for seed, finite in zip(seeds, np.isfinite(loss[:, window]).all(1)) if finite],
+        alpha=statistics.fmean(alphas), regret=None, bound=False)
+
+
+def curves_of(name, key, sizes, center):
+    """
+    {size: curve over log2 of `key`} of a column, from {size: runs}: its own runs, others that are the same runs, and at sizes
+    without any of its own those that are the same at another η. Multipliers other than `key` must be at the center.
+    """
+    recipes = {run["steps"]: recipe(run) for runs in sizes.values() for run in runs if run["parametrization"] == name}
+    curves = {}
+    for size, runs in sizes.items():
+        own, points = any(run["parametrization"] == name for run in runs), {}
+        for run in runs:
+            factor, wanted = factor_on_eta(run, name), recipes.get(run["steps"], recipe(run))
+            usable = recipe(run) == wanted and all(run[mult] == center[mult] for mult in MULTS if mult != key)
+            if usable and (factor == 1 or factor and not own):
+                points[round(math.log2(run[key] * factor), 4), run["seed"]] = run
+        if points:
+            curves[size] = make_curve(points, own)
+    return curves
 
 
 def recipe(run):
-    """(warm-up steps, weight decay) of a run, which are part of what makes it the same run as another."""
-    return tuple(run[key] for key in RECIPE)
+    return [run[key] for key in RECIPE]
 
 
-def recipes(runs):
-    """{(column, steps): its recipe}. Raises ValueError if runs of one column and length differ in it."""
-    found = {}
-    for run in runs:
-        its = found.setdefault((run["parametrization"], run["steps"]), recipe(run))
-        if its != recipe(run):
-            raise ValueError(f"{run['parametrization']} has {' and '.join(RECIPE)} of {its} and of {recipe(run)} in runs of {run['steps']} "
-                             "steps; give each its own file")
-    return found
-
-
-cached = functools.cache(parametrize)
-
-
-def as_column(run, name):
-    """
-    (model, shift) of column `name` at a run's size. Columns with equal models are the same run wherever log2(η) + shift is
-    equal. So at the base all columns share their runs. And over steps, at the base width and depth, they differ in the power
-    of m_t alone, which only multiplies η: one set of runs shows what happens with it and, η shifted, what happens without.
-    """
-    sizes = [run[key] for key in SIZES]
-    mults = {key: run[key] for key in MULTS}
-    initial, scale = cached(name, *sizes, **mults)
-    total = sum(scale.values()) or 1
-    model = initial | {tensors: rate / total for tensors, rate in scale.items()}
-    return (*sizes, *recipe(run), *(f"{key} {number:.6g}" for key, number in model.items())), math.log2(total)
-
-
-def identity(run):
-    """Equal for runs that are the same, whatever their columns."""
-    model, shift = as_column(run, run["parametrization"])
-    return model, run["seed"], round(log2(run["learning_rate"]) + shift, 4)
-
-
-def curve(runs):
-    """{(log2 η, seed): run} of one column at one size as a curve with its best η, the window around it, and what to add."""
-    seeds, x = sorted({seed for _, seed in runs}), np.array(sorted({x for x, _ in runs}))
-    loss = np.array([[runs.get((a, seed), {}).get("val_loss", math.nan) for a in x] for seed in seeds])     # nan: not run
-    # Seeds differ mostly by a shift. Each is moved to the common level, lest an η that only some have run be misplaced.
-    shared = np.isfinite(loss).all(0)
-    level = loss[:, shared].mean(1, keepdims=True) if shared.any() else np.zeros((1, 1))
-    mean = np.nanmean(loss - level, axis=0) + level.mean()
-    best = int(mean.argmin())
-    # The five η nearest the best, as many on its left as on its right: three, or one, if others are missing or diverged.
-    half = max((k for k in (1, 2) if k <= best < len(x) - k and np.isfinite(mean[best - k:best + k + 1]).all()), default=0)
-    window, step = slice(best - half, best + half + 1), float(np.diff(x).min()) if len(x) > 1 else 0.5
-    add = [(a, seed) for a in x[max(best - 2, 0):best + 3].tolist() for seed in seeds if (a, seed) not in runs]
-    for edge, outward, beyond in ((x[0], -step, mean[:best][::-1]), (x[-1], step, mean[best + 1:])):
-        if not np.isinf(beyond[:2]).any():      # behind a divergence there is nothing to look for
-            add += [(round(float(edge) + outward * i, 4), seed) for i in range(1, 3 - len(beyond)) for seed in seeds]
-    alphas = [float(runs[x[best], seed].get(key) or "nan") for seed in seeds if (x[best], seed) in runs for key in ALPHAS]
-    return dict(x=x, loss=loss, seeds=seeds, mean=mean, best=best, half=half, window=window, add=add, eta=float(x[best]),
-                alpha=float(np.mean(alphas)),       # mean |α| at the end of the best runs
-                complete=[i for i in range(len(seeds)) if np.isfinite(loss[i, window]).all()])
+def loss_at(curve, x):
+    """Mean loss of a curve at x, by a parabola through the three nearest points; inf where one of them diverged."""
+    near = np.argsort(abs(curve.x - x), kind="stable")[:3]
+    usable = len(near) == 3 and np.isfinite(curve.mean[near]).all()
+    return float(np.polyval(np.polyfit(curve.x[near], curve.mean[near], 2), x)) if usable else math.inf
 
 
 def fit(curves):
     """
-    {(size, seed): the optimum of its curve}: loss = a[size, seed] + c · (log2 η - optimum[size, seed])² over the windows, one c
-    for all curves of a column, by least squares. Nothing where no size has its best inside its grid, or where c is not positive.
+    {(size, seed): optimum in log2 η}, by least squares: loss = level[size, seed] + c · (x - optimum[size, seed])² over the
+    windows, one c for all. Empty where no size has its best inside its grid, or where c is not positive.
     """
-    windows = {(size, one["seeds"][i]): (one["x"][one["window"]], one["loss"][i, one["window"]])
-               for size, one in curves.items() if one["half"] for i in one["complete"]}
-    if not windows:
-        return {}
-    of = np.eye(len(windows)).repeat([len(x) for x, _ in windows.values()], axis=0)     # (points, curves): which curve a point is of
-    u = np.concatenate([x - x.mean() for x, _ in windows.values()])
-    loss = np.concatenate([loss for _, loss in windows.values()])
-    *lines, c = np.linalg.lstsq(np.column_stack((of, of * u[:, None], u * u)), loss, rcond=None)[0]     # of lines: levels, then slopes
-    return {key: x.mean() - slope / (2 * c) for (key, (x, _)), slope in zip(windows.items(), lines[len(windows):])} if c > 0 else {}
+    windows = {(size, seed): (curve.x[curve.window], curve.loss[curve.seeds.index(seed), curve.window])
+               for size, curve in curves.items() if curve.radius for seed in curve.complete}
+    bends = [x * x - np.polyval(np.polyfit(x, x * x, 1), x) for x, _ in windows.values()]       # x² less its best line
+    square = sum(bend @ bend for bend in bends)
+    c = sum(bend @ loss for bend, (_, loss) in zip(bends, windows.values())) / square if bends else 0
+    return {key: -np.polyfit(x, loss - c * x * x, 1)[0] / (2 * c) for key, (x, loss) in windows.items()} if c > 0 else {}
 
 
 def student(freedom):
-    """The 97.5 % quantile of Student's t. With t = √freedom · tan(θ) its density is cos(θ)^(freedom - 1)."""
-    theta = np.linspace(0, math.pi / 2, 20_001)
-    density = np.cos(theta) ** (freedom - 1)
-    area = np.cumsum(density) - (density + density[0]) / 2      # trapezoids
-    return math.sqrt(freedom) * math.tan(np.interp(0.95 * area[-1], area, theta))
+    """The 97.5 % quantile of Student's t, to 0.001: tabulated, then the Cornish-Fisher expansion."""
+    expansion = 1.95996 + 2.37227 / freedom + 2.82250 / freedom ** 2 + 2.55585 / freedom ** 3 + 1.58 / freedom ** 4
+    return {1: 12.70620, 2: 4.30265, 3: 3.18245}.get(freedom, expansion)
 
 
 def drift(optima):
     """
-    Slope of the optima over log2 size, in octaves a doubling, half its 95 % interval, and the number of seeds behind it;
-    None for fewer than two sizes. All η of a curve share its luck, so the unit is the curve: the interval comes from the
-    scatter of the optima about parallel lines, one a seed, with (curves - seeds - 1) degrees of freedom.
+    (slope of the optima over log2 size, in octaves a doubling, and half its 95 % interval); None for fewer than two sizes.
+    All η of a curve share its luck, so the unit is the curve: the interval comes from the scatter of the optima about
+    parallel lines, one a seed, with (curves - seeds - 1) degrees of freedom.
     """
-    seeds = [seed for seed in {seed for _, seed in optima} if len({size for size, its in optima if its == seed}) > 1]
-    if not seeds:
+    lines = {}
+    for (size, seed), x in optima.items():
+        lines.setdefault(seed, []).append((math.log2(size), x))
+    centered = [np.array(line) - np.mean(line, axis=0) for line in lines.values() if len(line) > 1]
+    if not centered:
         return None
-    groups = [np.array([(math.log2(size), x) for (size, its), x in optima.items() if its == seed]) for seed in seeds]
-    size, x = np.concatenate([group - group.mean(0) for group in groups]).T
-    slope, freedom = size @ x / (size @ size), len(x) - len(seeds) - 1
-    rest = x - slope * size
-    half = student(freedom) * math.sqrt(rest @ rest / freedom / (size @ size)) if freedom else math.inf
-    return float(slope), half, len(seeds)
+    size, x = np.concatenate(centered).T
+    slope, freedom = size @ x / (size @ size), len(x) - len(centered) - 1
+    residual = x - slope * size
+    half = student(freedom) * math.sqrt(residual @ residual / freedom / (size @ size)) if freedom else math.inf
+    return float(slope), half
 
 
-def loss_at(one, x):
-    """Mean loss of a curve at log2 η = x, by a parabola through the three nearest points; inf where one of them diverged."""
-    near = np.argsort(abs(one["x"] - x), kind="stable")[:3]
-    usable = len(near) == 3 and np.isfinite(one["mean"][near]).all()
-    return float(np.polyval(np.polyfit(one["x"][near], one["mean"][near], 2), x)) if usable else math.inf
-
-
-def curves_of(name, sizes):
-    """{size: curve} of column `name` from {size: runs}: its own runs, those it shares, and where it has none, those of others
-    that are its own at another η."""
-    curves, its = {}, recipes(run for here in sizes.values() for run in here if run["parametrization"] == name)
-    for size, here in sizes.items():
-        own, runs = any(run["parametrization"] == name for run in here), {}
-        here = [run for run in here if recipe(run) == its.get((name, run["steps"]), recipe(run))]
-        for run in here:
-            (model, its_shift), (wanted, shift) = as_column(run, run["parametrization"]), as_column(run, name)
-            if model == wanted and (abs(its_shift - shift) < 1e-6 or not own):
-                runs[round(log2(run["learning_rate"]) + its_shift - shift, 4), run["seed"]] = run
-        if runs:
-            curves[size] = dict(curve(runs), run={**here[0], "parametrization": name}, own=own)
-    return curves
-
-
-def curves_of_class(key, sizes, center):
-    """{size: curve} over the multiplier `key` of one tensor class, from the runs whose other multipliers are at their center."""
-    curves = {}
-    for size, here in sizes.items():
-        runs = {(log2(run[key]), run["seed"]): run for run in here
-                if all(run[other] == center[other] for other in MULTS if other != key)}
-        if runs:
-            curves[size] = dict(curve(runs), run={**here[0], **center}, own=True)
-    return curves
-
-
-def judge_column(curves, key):
-    """The verdict on one column from its curves {size: curve}, which get their best η, regret and what is wrong with them."""
+def judge_column(curves):
+    """The verdict on {size: curve}, as a namespace; each curve gets its optimum, its regret and what to say of its grid."""
     optima = fit(curves)
-    for size, one in curves.items():
-        one["eta"] = float(np.mean([x for (its, _), x in optima.items() if its == size] or one["eta"]))
-        window = one["x"][one["window"]]
-        one["outside"] = bool(one["half"]) and not window[0] <= one["eta"] <= window[-1]
     first, *larger = curves.values()
-    known = larger if first["half"] else []
-    for one in known:       # curves rise outwards: outside a grid, its edge is a lower bound
-        nearest = float(np.clip(first["eta"], one["x"][0], one["x"][-1]))
-        there = loss_at(one, nearest)
-        best = min(there, float(one["mean"][one["best"]]), loss_at(one, one["eta"]))
-        one["regret"] = there - best if there < math.inf else math.inf
-        one["bound"] = nearest != first["eta"]
-    best = [one["x"][one["best"]] for one in curves.values()]
-    narrow = any(one["add"] or not one["half"] or one["outside"] for one in curves.values())
-    small, large = (parametrize(one["run"]["parametrization"], *map(one["run"].get, SIZES))[1] for one in (first, [first, *larger][-1]))
-    doublings = math.log2(max(curves) / min(curves)) or math.nan
-    return dict(
-        key=key, curves=curves, optima=optima, drift=drift(optima), difference=None,
-        regret=dict(regret=max(one["regret"] for one in known), bound=any(one["bound"] for one in known)) if known else {},
+    for size, curve in curves.items():
+        curve.optimum = float(np.mean([x for (its, _), x in optima.items() if its == size] or curve.x[curve.best]))
+        inside = curve.x[curve.window][0] <= curve.optimum <= curve.x[curve.window][-1]
+        curve.grid = ("add " + " ".join(f"2^{x:.5g}" for x in curve.add) if curve.add else "diverges near the best"
+                      if curve.radius < 2 else "wide enough" if inside else "its parabola's best is outside its window")
+        if first.radius and curve is not first:     # curves rise outwards: outside a grid, its edge is a lower bound
+            x = float(np.clip(first.optimum, curve.x[0], curve.x[-1]))
+            loss, best = loss_at(curve, x), min(curve.mean[curve.best], loss_at(curve, curve.optimum))
+            curve.regret, curve.bound = max(loss - best, 0) if loss < math.inf else loss, x != first.optimum
+    known = larger and all(curve.grid == "wide enough" for curve in curves.values())
+    return SimpleNamespace(
+        curves=curves, optima=optima, drift=drift(optima), difference=None, bound=any(curve.bound for curve in larger),
+        regret=max((curve.regret for curve in larger if curve.regret is not None), default=None),
         # Lingle's criterion (arXiv:2404.05728), but grids that η was shifted onto need not have equal points
-        same="?" if narrow or not larger else "Yes" if max(best) - min(best) < np.diff(first["x"]).min() / 2 else "No",
-        powers={tensors: math.log2(large[tensors] / small[tensors]) / doublings for tensors in small
-                if key in ("learning_rate", f"{tensors}_lr_mult")})
+        same="?" if not known else "Yes" if np.ptp([curve.x[curve.best] for curve in curves.values()]) < np.diff(first.x).min() / 2
+        else "No")
 
 
-def judge(rows, axis=None, control="ngpt"):
+def judge(runs, axis=None, control="ngpt"):
     """
-    The verdict on runs of read_results: (axis, {column: {"curves": {size: curve}, "drift", "difference", "regret", …}}).
-    Columns are those of the runs, and also the control and nugpt where runs of other names are theirs at several sizes.
-    Where runs vary the multipliers of tensor classes one at a time, a class takes the place of a column, its multiplier η's.
-    Raises ValueError if the sizes do not lie on one axis, or for multipliers of several columns, or of 0.
+    (axis, {column: its verdict}). Columns are those of the runs, and the control and nugpt where other runs are theirs at
+    several sizes. Where runs of one η vary one multiplier at a time, a tensor class takes the place of a column.
+    Raises ValueError for runs that are no single sweep.
     """
-    varying = [key for key in ("width", "depth", "steps") if len({run[key] for run in rows}) > 1]
+    center, names = {key: statistics.mode(run[key] for run in runs) for key in MULTS}, {run["parametrization"] for run in runs}
+    changed = [{key for key in MULTS if run[key] != center[key]} for run in runs]
+    classes = [key for key in MULTS if key in set().union(*changed)]
+    if len({run["learning_rate"] for run in runs}) > 1 or max(map(len, changed)) > 1 or len(names) > 1:
+        classes = []
+    for key in set(MATHEMATICS).difference(("parametrization", *SIZES[:3], "learning_rate", "seed", "dtype"), classes):
+        values = {}
+        for run in runs:
+            where = f" in {run['parametrization']}'s runs of {run['steps']:g} steps" if key in RECIPE else ""
+            if values.setdefault(where, run[key]) != run[key]:
+                raise ValueError(f"the table mixes {key} = {values[where]} and {run[key]}{where}; give each its own file")
+    varying = [key for key in SIZES[:3] if len({run[key] for run in runs}) > 1]
     axis = axis or ("parameters" if len(varying) > 1 else (varying or ["width"])[0])
     sizes, verdicts = {}, {}
-    for run in sorted(rows, key=lambda run: run[axis]):
+    for run in sorted(runs, key=lambda run: run[axis]):
         sizes.setdefault(run[axis], []).append(run)
-    for size, here in sizes.items():
-        if differing := [key for key in varying if len({run[key] for run in here}) > 1]:
-            raise ValueError(f"runs with {axis} = {size} differ in {' and '.join(differing)}; give each its own file")
-    named = {run["parametrization"] for run in rows}
-    if one_class_at_a_time(rows):
-        names = {tensors: key for tensors, key in zip(TENSOR_CLASSES, MULTS) if len({run[key] for run in rows}) > 1}
-        center = {key: statistics.mode(run[key] for run in rows) for key in MULTS}
-        if len(named) > 1 or not all(run[key] > 0 for run in rows for key in names.values()):
-            raise ValueError("a sweep of one tensor class at a time must be of one column, its multipliers positive numbers")
-        return axis, {name: judge_column(curves_of_class(key, sizes, center), key) for name, key in names.items()}
-    for name in COLUMNS:
-        if name in {*named, control, "nugpt"}:
-            curves = curves_of(name, sizes)
-            if len(curves) > 1 or name in named:
-                verdicts[name] = judge_column(curves, "learning_rate")
-    theirs = verdicts.get(control, {"optima": {}})["optima"]
+        if differing := [key for key in varying if run[key] != sizes[run[axis]][0][key]]:
+            raise ValueError(f"runs with {axis} = {run[axis]:g} differ in {' and '.join(differing)}; give each its own file")
+    if any(run[key] <= 0 for run in runs for key in classes):
+        raise ValueError("the multipliers in a sweep of one tensor class at a time must be positive")
+    columns = ({key.removesuffix("_lr_mult"): (*names, key) for key in classes} or
+               {name: (name, "learning_rate") for name in rules.COLUMNS if name in {*names, control, "nugpt"}})
+    for title, (name, key) in columns.items():
+        curves = curves_of(name, key, sizes, center)
+        if len(curves) > 1 or curves and name in names:
+            verdict = verdicts[title] = judge_column(curves)
+            small, large = (parametrize(name, *map(sizes[size][0].get, SIZES))[1] for size in (min(curves), max(curves)))
+            verdict.powers = {tensors: math.log2(large[tensors] / small[tensors]) / math.log2(max(curves) / min(curves))
+                              for tensors in small if verdict.drift and (not classes or tensors == title)}
+    paired = verdicts[control].optima if control in verdicts else {}
     for name, verdict in verdicts.items():
         if name != control:
-            mine = verdict["optima"]
-            verdict["difference"] = drift({key: mine[key] - theirs[key] for key in mine.keys() & theirs.keys()})
+            verdict.difference = drift({key: x - paired[key] for key, x in verdict.optima.items() if key in paired})
     return axis, verdicts
 
 
 def steps_needed(verdicts, control):
     """
-    Rows (column, steps, best loss, "2.1 × the steps"): how long the control must train for that loss. Both at their own best η, on
-    the seeds they share; the control's losses are a polygon over log steps. Only sizes whose best η lies inside its grid count.
+    Rows (column, steps, best loss, "2.1 × the steps"): how long the control must train for that loss. Both are at their own
+    best η, on the seeds they share; the control's losses are a polygon over log steps. Optima at the edge of a grid do not count.
     """
-    def best_losses(name, seeds):
-        return {size: np.mean([one["loss"][one["seeds"].index(seed), one["best"]] for seed in seeds])
-                for size, one in verdicts[name]["curves"].items() if one["half"]}
-
     for name in verdicts if control in verdicts else ():
-        ones = [*verdicts[name]["curves"].values(), *verdicts[control]["curves"].values()]
-        seeds = set.intersection(*(set(one["seeds"]) for one in ones))
-        theirs = best_losses(control, seeds) if seeds else {}
-        if name == control or not all(one["own"] for one in ones) or not theirs:
+        curves = [*verdicts[name].curves.values(), *verdicts[control].curves.values()]
+        seeds = set.intersection(*(set(curve.seeds) for curve in curves))
+        ours, controls = ({size: np.mean([curve.loss[curve.seeds.index(seed), curve.best] for seed in seeds])
+                           for size, curve in verdicts[column].curves.items() if curve.radius and seeds} for column in (name, control))
+        if name == control or not controls or not all(curve.own for curve in curves):
             continue
-        lengths, falling = list(theirs), np.minimum.accumulate(list(theirs.values()))      # what counts is when it had a loss first
-        for size, loss in best_losses(name, seeds).items():
+        falling = np.minimum.accumulate(list(controls.values()))    # what counts is when the control had a loss first
+        for size, loss in ours.items():
             bound = "< " if loss > falling[0] else "> " if loss < falling[-1] else ""
-            steps = 2 ** np.interp(-loss, -falling, np.log2(lengths))
-            yield name, f"{size:,}", f"{loss:.4f}", f"{bound}{steps / size:.2f} × the steps"
+            steps = 2 ** np.interp(-loss, -falling, np.log2(list(controls)))
+            yield name, f"{size:,.0f}", f"{loss:.4f}", f"{bound}{steps / size:.2f} × the steps"
 
 
 def table(*rows):
@@ -308,113 +258,162 @@ def table(*rows):
 
 def report(axis, verdicts, control="ngpt"):
     """The verdict as text."""
-    def interval(pair):
-        return f"{pair[0]:+.2f} [{pair[0] - pair[1]:+.2f}, {pair[0] + pair[1]:+.2f}]" if pair else "-"
+    def interval(drift):
+        return "-" if drift is None else f"{drift[0]:+.2f} [{drift[0] - drift[1]:+.2f}, {drift[0] + drift[1]:+.2f}]"
 
-    def regret(one):
-        return f"{'> ' * one['bound']}{one['regret']:.4f}".replace("inf", "diverges") if "regret" in one else "-"
+    def regret(judged):
+        return "-" if judged.regret is None else f"{'> ' * judged.bound}{judged.regret:.4f}".replace("inf", "diverges")
 
-    def grid(one):
-        new = " ".join(f"2^{x:.5g}" for x in sorted({x for x, _ in one["add"]}))
-        return (f"add {new}" if new else "diverges near the best" if one["half"] < 2 else
-                "its parabola's best is outside its window" if one["outside"] else "wide enough")
-
-    eta = "η*" if all(one["key"] == "learning_rate" for one in verdicts.values()) else "×*"
-    what = "η*" if eta == "η*" else "the best multiplier ×* of one class's η, others kept"
+    best = "η*" if verdicts.keys() <= rules.COLUMNS.keys() else "×*"
     needed = list(steps_needed(verdicts, control)) if axis == "steps" else []
-    powers = [(name, *(f"{one['powers'][key]:+.2f} → {one['powers'][key] + one['drift'][0]:+.2f}" if key in one["powers"] else "-"
-                       for key in TENSOR_CLASSES)) for name, one in verdicts.items() if one["drift"]]
-    less = [one["difference"] for one in verdicts.values()]
+    paired = [f"less {control}'s [95 % interval]"] * any(verdict.difference for verdict in verdicts.values())
+    powers = [(name, *(f"{verdict.powers[key]:+.2f} → {verdict.powers[key] + verdict.drift[0]:+.2f}" if key in verdict.powers else "-"
+                       for key in rules.TENSOR_CLASSES)) for name, verdict in verdicts.items() if verdict.drift]
+    tables = [
+        [("column", axis, "seeds", f"log2 {best}", best, "best loss", "regret", "|α|", "grid"),
+         *((name, f"{size:,.0f}", str(len(curve.complete)), f"{curve.optimum:.2f}", f"{2 ** curve.optimum:.5f}",
+            f"{curve.mean[curve.best]:.4f}", regret(curve), f"{curve.alpha:.3f}".replace("nan", "-"), curve.grid)
+           for name, verdict in verdicts.items() for size, curve in verdict.curves.items())],
+        [("column", "drift [95 % interval]", *paired, "worst regret", "same best η?"),
+         *((name, interval(verdict.drift), *[interval(verdict.difference) for _ in paired], regret(verdict), verdict.same)
+           for name, verdict in verdicts.items())],
+        [("column", "steps", "loss", f"for it {control} needs"), *needed],
+        [(f"power of {axis} in η of", *rules.TENSOR_CLASSES), *powers]]
     return "\n".join((
-        table(("column", axis, "seeds", f"log2 {eta}", eta, "best loss", "regret", "|α|", "grid"),
-              *((name, f"{size:,}", str(len(one["complete"])), f"{one['eta']:.2f}", f"{2 ** one['eta']:.5f}",
-                 f"{one['mean'][one['best']]:.4f}", regret(one), f"{one['alpha']:.3f}".replace("nan", "-"), grid(one))
-                for name, verdict in verdicts.items() for size, one in verdict["curves"].items())),
-        table(("column", "drift [95 % interval]", *[f"less {control}'s [95 % interval]"] * any(less), "worst regret", "same best η?"),
-              *((name, interval(one["drift"]), *[interval(one["difference"])] * any(less), regret(one["regret"]), one["same"])
-                for name, one in verdicts.items())),
-        *([table(("column", "steps", "loss", f"for it {control} needs"), *needed)] if needed else ()),
-        *([table((f"power of {axis} in η of", *TENSOR_CLASSES), *powers)] if powers else ()),
-        f"drift: of log2 {what}, a doubling of {axis}.",
-        f"regret: loss at the smallest size's {eta}, less the best. |α|: eigen learning rates, mean at the end. power: in the table",
-        "→ what would have left no drift, had all tensor classes been changed by as much.",
-        *([f"needs: how long {control} must be trained, at its own best η, for that loss."] if needed else ())))
+        *(table(*rows) for rows in tables if len(rows) > 1),
+        f"drift: change of log2 {best} a doubling of {axis}. regret: loss at the smallest size's {best}, less the best.",
+        "|α|: eigen learning rates, mean at the end. needs: steps at its own best η to reach that loss. power: the table's",
+        "exponent → the exponent that would have removed the drift, if every class is shifted equally."))
 
 
-def plotting():
-    """(matplotlib, a function that makes a figure of a width and height in inches). Raises ValueError without matplotlib."""
+def searched(runs):
+    """The hyperparameters of a random search: those with five values or more, if there are several; [] for other runs."""
+    keys = [key for key in SEARCHED if len({run[key] for run in runs}) >= 5]
+    alike = all(len({run[key] for run in runs}) == 1 for key in ("parametrization", *SIZES))
+    center = {key: statistics.mode(run[key] for run in runs) for key in keys}
+    return keys if alike and len(keys) > 1 and any(sum(run[key] != center[key] for key in keys) > 1 for run in runs) else []
+
+
+def rank(runs, keys):
+    """([(loss at the seeds' common level, number of seeds, values of keys)], best first; a seed's scatter in nats or nan)."""
+    tried = list(dict.fromkeys(tuple(run[key] for key in keys) for run in runs))
+    _, _, loss, mean = losses({(tried.index(tuple(run[key] for key in keys)), run["seed"]): run for run in runs})
+    finite = np.isfinite(loss)
+    repeats = np.where(finite, loss, math.nan)[:, finite.sum(0) > 1]
+    repeats = repeats[np.isfinite(repeats).any(1)]
+    freedom, scatter = np.isfinite(repeats).sum() - sum(repeats.shape) + 1, math.nan
+    if repeats.size and freedom > 0:
+        residual = repeats - np.nanmean(repeats, axis=0)
+        scatter = math.sqrt(np.nansum((residual - np.nanmean(residual, axis=1, keepdims=True)) ** 2) / freedom)
+    return sorted(zip(mean.tolist(), finite.sum(0).tolist(), tried)), scatter
+
+
+def report_search(ranked, scatter, keys):
+    """The best runs of a search, ranges to widen where the best lies in a range's outer tenth, and options, as text."""
+    best = ranked[0][0]
+    over = [f"{loss - best:.4f}" if math.isnan(scatter) else f"{(loss - best) / scatter:.1f} σ" for loss, *_ in ranked[:5]]
+    lines = [table(("loss", "over the best", "seeds", *keys), *(
+        (f"{loss:.4f}", distance, str(seeds), *(f"{value:.4g}" for value in values))
+        for (loss, seeds, values), distance in zip(ranked, over)))]
+    for i, key in enumerate(keys):
+        logs = [math.log(values[i]) for _, _, values in ranked if values[i] > 0]
+        place = (math.log(ranked[0][2][i]) - min(logs)) / np.ptp(logs) if ranked[0][2][i] > 0 else 0.5
+        if not 0.1 <= place <= 0.9:
+            lines.append(f"widen {key} {'downwards' if place < 0.1 else 'upwards'}: the best of {math.exp(min(logs)):.3g} to "
+                         f"{math.exp(max(logs)):.3g} is {ranked[0][2][i]:.3g}")
+    diverged = sum(loss == math.inf for loss, *_ in ranked)
+    lines += [f"{len(ranked)} settings, {diverged} diverged; distance in " + (
+        "nats, as no setting was run with several seeds" if math.isnan(scatter) else f"scatters of a seed, σ = {scatter:.4f} nats")]
+    return "\n".join((*lines, " ".join(f"--{key}={value:.4g}" for key, value in zip(keys, ranked[0][2]))))
+
+
+def figure_of(count, sharex):
+    """A figure and its `count` panels, in two rows from four on. Raises ValueError without matplotlib."""
     try:
-        import matplotlib
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError("the picture needs matplotlib: pip install matplotlib") from None
-    return matplotlib, lambda width, height: Figure(figsize=(width, height), dpi=150, layout="constrained")
+    down = 1 + (count > 3)
+    across = math.ceil(count / down)
+    figure = Figure(figsize=(4.6 * across, 4.4 * down), dpi=120, layout="constrained")
+    panels = figure.subplots(down, across, sharex=sharex, sharey=True, squeeze=False).ravel()
+    for panel in panels[count:]:
+        panel.remove()
+    for panel in panels:
+        panel.tick_params(labelsize=13, labelbottom=True)
+        panel.grid(alpha=0.25)
+    panels[0].set_ylabel("validation loss, nats a token", fontsize=15)
+    return figure, panels[:count]
 
 
-def save(figure, path):
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+def draw_search(ranked, keys, path):
+    """Draws a panel a hyperparameter: loss against it, a star at the best."""
+    figure, panels = figure_of(len(keys), sharex=False)
+    for i, (panel, key) in enumerate(zip(panels, keys)):
+        panel.semilogx([values[i] for _, _, values in ranked], [loss for loss, *_ in ranked], "o", color="C0", alpha=0.6)
+        panel.semilogx(ranked[0][2][i], ranked[0][0], "*", color="C1", ms=22, mec="black")
+        panel.set_xlabel(key, fontsize=15)
     figure.savefig(path)
 
 
 def draw(axis, verdicts, path):
-    """
-    The picture of the verdict: a panel a column, a curve a size, thin ones for the seeds, a star at each η*, a dotted line
-    at the smallest size's. Raises ValueError without matplotlib, or if it cannot write such a file.
-    """
-    matplotlib, figure_of = plotting()
-    sizes = sorted({size for verdict in verdicts.values() for size in verdict["curves"]})
-    colors = dict(zip(sizes, matplotlib.colormaps["plasma"](np.linspace(0, 0.85, len(sizes)))))
-    down = 1 + (len(verdicts) > 3)
-    across = math.ceil(len(verdicts) / down)
-    figure = figure_of(max(5, 3.3 * across), 3.9 * down)
-    panels = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False).ravel()
-    for panel in panels[len(verdicts):]:
-        panel.remove()
+    """Draws a panel a column: a curve a size, thin ones for the seeds, a star at each best η, a dotted line at the smallest size's."""
+    figure, panels = figure_of(len(verdicts), sharex=True)
+    from matplotlib import colormaps, ticker
+    sizes = sorted({size for verdict in verdicts.values() for size in verdict.curves})
+    colors = dict(zip(sizes, colormaps["plasma"](np.linspace(0, 0.85, len(sizes)))))
     near = []       # the losses that the picture must show; far to the right they can be of any height
     for panel, (name, verdict) in zip(panels, verdicts.items()):
-        for size, one in verdict["curves"].items():
-            color, x, mean, diverged = colors[size], one["x"], one["mean"], np.isinf(one["mean"])
-            near.extend(one["loss"][:, max(one["best"] - 3, 0):one["best"] + 4].ravel())
-            for loss in one["loss"]:
-                run = ~np.isnan(loss)
-                panel.plot(x[run], loss[run], ".-", color=color, lw=0.5, ms=2.5, alpha=0.5)
-            panel.plot(x[~diverged], mean[~diverged], "o-", color=color, lw=1.6, ms=3.5, label=f"{size:,}")
-            panel.plot(x[diverged], np.full(diverged.sum(), 0.97), "x", color=color, transform=panel.get_xaxis_transform())
-            if one["half"]:     # else its best is not known
-                bottom = min(loss_at(one, one["eta"]), mean[one["best"]])
-                panel.plot(one["eta"], bottom, "*", color=color, ms=13, mec="black", zorder=5)
-        panel.axvline(verdict["curves"][min(verdict["curves"])]["eta"], color="gray", lw=0.8, ls=":")
-        slope, half, seeds = verdict["drift"] or (math.nan, math.nan, 0)
-        interval = f"± {half:.2f} octaves a doubling" if half < math.inf else "octaves a doubling"
-        panel.set_title(name + f"\ndrift {slope:+.2f} {interval}" * bool(seeds), fontsize=10)
-        panel.set_xlabel("learning rate η, ★ the best" if verdict["key"] == "learning_rate" else "multiplier of its η, ★ the best")
-        panel.xaxis.set_major_locator(matplotlib.ticker.MultipleLocator(1))
+        for size, curve in verdict.curves.items():
+            color, diverged = colors[size], np.isinf(curve.mean)
+            near.extend(curve.loss[:, max(curve.best - 3, 0):curve.best + 4].ravel())
+            for loss in curve.loss:
+                panel.plot(curve.x[loss == loss], loss[loss == loss], ".-", color=color, lw=0.7, ms=3, alpha=0.5)
+            panel.plot(curve.x[~diverged], curve.mean[~diverged], "o-", color=color, lw=2.2, ms=5, label=f"{size:,.0f}")
+            panel.plot(curve.x[diverged], 0.97 + 0 * curve.x[diverged], "x", color=color, transform=panel.get_xaxis_transform())
+            if curve.radius:        # else the best is not known
+                bottom = min(loss_at(curve, curve.optimum), curve.mean[curve.best])
+                panel.plot(curve.optimum, bottom, "*", color=color, ms=20, mec="black", zorder=5)
+        panel.axvline(verdict.curves[min(verdict.curves)].optimum, color="gray", lw=1.2, ls=":")
+        slope, half = verdict.drift or (math.nan, math.inf)
+        title = f"{name}: drift {slope:+.2f}" + f" ± {half:.2f}" * (half < math.inf)
+        panel.set_title(title if verdict.drift else name, fontsize=17)
+        panel.set_xlabel("learning rate η" if name in rules.COLUMNS else "multiplier of the class's η", fontsize=15)
+        panel.xaxis.set_major_locator(ticker.MultipleLocator(1))
         panel.xaxis.set_major_formatter(lambda x, _: f"$2^{{{x:g}}}$")
-        panel.tick_params(labelbottom=True)
-        panel.grid(alpha=0.25)
     near = np.array(near)[np.isfinite(near)]
     if len(near):
         panels[0].set_ylim(near.min() - 0.05 * np.ptp(near) - 1e-3, near.max() + 0.05 * np.ptp(near) + 1e-3)
-    panels[0].set_ylabel("validation loss, nats a token")
-    max(panels, key=lambda panel: len(panel.get_legend_handles_labels()[1])).legend(title=axis, fontsize=8, title_fontsize=8)
-    save(figure, path)
+    max(panels, key=lambda panel: len(panel.get_legend_handles_labels()[1])).legend(title=axis, fontsize=13, title_fontsize=13)
+    figure.savefig(path)
 
 
 def main():
-    parser = argparse.ArgumentParser(usage="python results/verdict.py RESULTS.csv [options]", allow_abbrev=False, description=(
-        "Judge a sweep made with train.py --results=RESULTS.csv: does the best learning rate stay where it is?"))
+    parser = argparse.ArgumentParser(usage="python results/verdict.py RESULTS.csv [options]", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("results", metavar="RESULTS.csv")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the picture, too")
+    parser.add_argument("--columns", type=lambda text: text.split(","), help="show these columns only, as in ngpt,nugpt")
+    parser.add_argument("--control", default="ngpt", choices=rules.COLUMNS, help="the column that others are compared to")
     parser.add_argument("--axis", choices=("width", "depth", "steps", "parameters"),
                         help="what the size is; default: what differs between the runs, parameters if several do")
-    parser.add_argument("--control", default="ngpt", choices=COLUMNS, help="the column that others are compared to [ngpt]")
     parser.error = lambda message: sys.exit(f"verdict.py: {message} (see python results/verdict.py --help)")
     args = parser.parse_args()
     try:
-        axis, verdicts = judge(read_results(args.results), args.axis, args.control)
-        print(report(axis, verdicts, args.control))
+        runs = read_results(args.results)
+        if len(dtypes := sorted({run["dtype"] for run in runs})) > 1:
+            print(f"Runs of dtype {' and '.join(dtypes)} stand side by side; they differ in rounding.\n")
+        if keys := searched(runs):
+            ranked, scatter = rank(runs, keys)
+            print(report_search(ranked, scatter, keys))
+        else:
+            axis, verdicts = judge(runs, args.axis, args.control)
+            if unknown := set(args.columns or ()) - verdicts.keys():
+                raise ValueError(f"{args.results} has {', '.join(verdicts)}, but not {', '.join(sorted(unknown))}")
+            verdicts = {name: verdicts[name] for name in args.columns or verdicts}
+            print(report(axis, verdicts, args.control))
         if args.plot:
-            draw(axis, verdicts, args.plot)
+            draw_search(ranked, keys, args.plot) if keys else draw(axis, verdicts, args.plot)
     except (ValueError, OSError) as error:
         sys.exit(f"verdict.py: {error}")
 
