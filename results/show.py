@@ -14,14 +14,37 @@ def table(*rows):
     return "".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) + "\n" for row in rows)
 
 
-def report(axis, verdicts, needed, control):
-    """The verdicts {column: verdict} of verdict.judge, with the rows of steps_needed, as text."""
+def steps_needed(verdicts, control):
+    """Rows (column, steps, best loss, "2.1 × the steps"): how long the control must train for that loss. Both are at
+    their best η inside the grid, on the seeds they share. The control's losses are a polygon over log steps."""
+    for name in verdicts if control in verdicts else ():
+        curves = [*verdicts[name].curves.values(), *verdicts[control].curves.values()]
+        seeds = set.intersection(*(set(curve.seeds) for curve in curves))
+        reached, falling = ({size: np.mean([curve.loss[curve.seeds.index(seed), curve.best] for seed in seeds])
+                             for size, curve in verdicts[column].curves.items() if curve.radius and seeds}
+                            for column in (name, control))
+        if name == control or not falling or not all(curve.own for curve in curves):
+            continue
+        lengths, falling = list(falling), np.minimum.accumulate(list(falling.values()))     # when it had a loss first
+        for steps, loss in reached.items():
+            bound = "< " if loss > falling[0] else "> " if loss < falling[-1] else ""
+            needed = 2 ** np.interp(-loss, -falling, np.log2(lengths))
+            yield name, f"{steps:,.0f}", f"{loss:.4f}", f"{bound}{needed / steps:.2f} × the steps"
+
+
+def report(axis, verdicts, control):
+    """The verdicts {column: verdict} of verdict.judge as text."""
     def interval(drift):
         return "-" if drift is None else f"{drift[0]:+.2f} [{drift[0] - drift[1]:+.2f}, {drift[0] + drift[1]:+.2f}]"
 
     def regret(judged):
         return "-" if judged.regret is None else f"{'> ' * judged.bound}{judged.regret:.4f}".replace("inf", "diverges")
 
+    def power(verdict, key):
+        table, drift = verdict.powers.get(key), verdict.drift[0]
+        return "-" if table is None else f"{table:+.2f} → {table + drift:+.2f}"
+
+    needed = steps_needed(verdicts, control) if axis == "steps" else ()
     best = "η*" if verdicts.keys() <= COLUMNS.keys() else "×*"
     paired = [f"less {control}'s [95 % interval]"] * any(verdict.difference for verdict in verdicts.values())
     tables = [
@@ -30,17 +53,17 @@ def report(axis, verdicts, needed, control):
             f"{curve.mean[curve.best]:.4f}", regret(curve), f"{curve.alpha:.3f}".replace("nan", "-"), curve.grid)
            for name, verdict in verdicts.items() for size, curve in verdict.curves.items())],
         [("column", "drift [95 % interval]", *paired, "worst regret", "same best η?"),
-         *((name, interval(verdict.drift), *[interval(verdict.difference) for _ in paired], regret(verdict), verdict.same)
-           for name, verdict in verdicts.items())],
+         *((name, interval(verdict.drift), *[interval(verdict.difference) for _ in paired], regret(verdict),
+            verdict.same) for name, verdict in verdicts.items())],
         [("column", "steps", "loss", f"for it {control} needs"), *needed],
         [(f"power of {axis} in η of", *TENSOR_CLASSES),
-         *((name, *(f"{verdict.powers[key]:+.2f} → {verdict.powers[key] + verdict.drift[0]:+.2f}" if key in verdict.powers
-                    else "-" for key in TENSOR_CLASSES)) for name, verdict in verdicts.items() if verdict.drift)]]
+         *((name, *(power(verdict, key) for key in TENSOR_CLASSES))
+           for name, verdict in verdicts.items() if verdict.drift)]]
     return "\n".join((
         *(table(*rows) for rows in tables if len(rows) > 1),
-        f"drift: change of log2 {best} a doubling of {axis}. regret: loss at the smallest size's {best}, less the best.",
-        "|α|: eigen learning rates, mean at the end. needs: steps at its own best η to reach that loss. power: the table's",
-        "exponent → the exponent that would have removed the drift, if every class is shifted equally."))
+        f"drift: change of log2 {best} a doubling of {axis}. |α|: eigen learning rates, mean at the end.",
+        f"regret: loss at the smallest size's {best}, less the best. needs: steps at the best η to reach that loss.",
+        "power: the table's exponent → the one that would have removed the drift, if every class is shifted equally."))
 
 
 def report_search(ranked, scatter, keys):
@@ -55,7 +78,8 @@ def report_search(ranked, scatter, keys):
         low, high = min(tried), max(tried)
         place = math.log(chosen[i] / low) / math.log(high / low) if low <= chosen[i] and low < high else 0.5
         if abs(place - 0.5) > 0.4:
-            lines.append(f"widen {key} {'downwards' if place < 0.5 else 'upwards'}: {chosen[i]:.3g} of {low:.3g} to {high:.3g}")
+            where = "downwards" if place < 0.5 else "upwards"
+            lines.append(f"widen {key} {where}: the best is {chosen[i]:.3g} of {low:.3g} to {high:.3g}")
     diverged = sum(loss == math.inf for loss, _, _ in ranked)
     return "\n".join((*lines, f"{len(ranked)} settings, {diverged} diverged. Over the best: in {unit}. The best:",
                       " ".join(f"--{key}={value:.4g}" for key, value in zip(keys, chosen))))
@@ -92,7 +116,7 @@ def draw_search(ranked, keys, path):
 
 
 def draw(axis, verdicts, path):
-    """Draws a panel a column: a curve a size, thin for a seed, a star at the best η, a dotted line at the smallest size's."""
+    """Draws a panel a column: a curve a size, thin ones for seeds, a star at each best η, dots at the smallest size's."""
     figure, panels = figure_of(len(verdicts), sharex=True)
     from matplotlib import colormaps, ticker
     sizes = sorted({size for verdict in verdicts.values() for size in verdict.curves})
@@ -105,7 +129,8 @@ def draw(axis, verdicts, path):
             for loss in curve.loss:
                 panel.plot(curve.x[loss == loss], loss[loss == loss], ".-", color=color, lw=0.7, ms=3, alpha=0.5)
             panel.plot(curve.x[~diverged], curve.mean[~diverged], "o-", color=color, lw=2.2, ms=5, label=f"{size:,.0f}")
-            panel.plot(curve.x[diverged], 0.97 + 0 * curve.x[diverged], "x", color=color, transform=panel.get_xaxis_transform())
+            for x in curve.x[diverged]:
+                panel.plot(x, 0.97, "x", color=color, transform=panel.get_xaxis_transform())
             if curve.radius:        # else the best is not known
                 panel.plot(curve.optimum, curve.bottom, "*", color=color, ms=20, mec="black", zorder=5)
         panel.axvline(verdict.curves[min(verdict.curves)].optimum, color="gray", lw=1.2, ls=":")
@@ -118,5 +143,6 @@ def draw(axis, verdicts, path):
     near = np.array(near)[np.isfinite(near)]
     if len(near):
         panels[0].set_ylim(near.min() - 0.05 * np.ptp(near) - 1e-3, near.max() + 0.05 * np.ptp(near) + 1e-3)
-    max(panels, key=lambda panel: len(panel.get_legend_handles_labels()[1])).legend(title=axis, fontsize=13, title_fontsize=13)
+    fullest = max(panels, key=lambda panel: len(panel.get_legend_handles_labels()[1]))
+    fullest.legend(title=axis, fontsize=13, title_fontsize=13)
     figure.savefig(path)

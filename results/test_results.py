@@ -60,7 +60,7 @@ def judge(rows, **options):
 
 def text_of(rows, control="ngpt"):
     axis, verdicts = judge(rows, control=control)
-    return show.report(axis, verdicts, verdict.steps_needed(verdicts, control) if axis == "steps" else (), control)
+    return show.report(axis, verdicts, control)
 
 
 def diverge(rows, where):
@@ -224,7 +224,7 @@ def test_joint_axis():
     axis, verdicts = judge(rows)
     assert axis == "parameters" and verdicts["ngpt"].drift[0] == pytest.approx(-0.5 / 3, abs=1e-6)
     assert judge(rows, axis="width")[1]["ngpt"].drift[0] == pytest.approx(-0.5, abs=1e-6)
-    with pytest.raises(ValueError, match="width = 48 differ in depth"):
+    with pytest.raises(ValueError, match="width 48 differ in depth"):
         judge(rows + [{**rows[0], "depth": 9}], axis="width")
 
 
@@ -252,7 +252,7 @@ def test_steps_that_the_control_needs():
                 for name, lengths in losses.items() for steps, best in lengths.items() for seed in seeds for x in grid]
 
     def needed(rows):
-        return [row[3].removesuffix(" × the steps") for row in verdict.steps_needed(judge(rows, control="gpt_sp")[1], "gpt_sp")]
+        return [row[3].removesuffix(" × the steps") for row in show.steps_needed(judge(rows, control="gpt_sp")[1], "gpt_sp")]
 
     plain = {400: 2.0, 800: 1.9, 1600: 1.8}     # 1.41: halfway between 400 and 800 in logs. Seed 1 does not count
     many = rows(dict(gpt_sp=plain)) + rows(dict(nugpt={200: 2.1, 400: 1.95, 800: 1.9, 1600: 1.75}), seeds=(0, 1))
@@ -289,7 +289,7 @@ def test_search_report(tmp_path):
     assert np.mean([by_options[row["learning_rate"], row["alpha_init"]] - row["val_loss"] for row in rows]) == pytest.approx(0.05, abs=0.01)
     assert "scatters of a seed" in show.report_search(ranked, scatter, ["learning_rate", "alpha_init"])
     assert not verdict.searched(runs_of(sweep(dict(ngpt=0.0), sizes=(48,)))) and not verdict.searched(runs_of(rows + [{**rows[0], "width": 96}]))
-    with pytest.raises(ValueError, match="mixes batch_size"):
+    with pytest.raises(ValueError, match="batch_size is"):
         verdict.rank(runs_of([*rows, {**rows[0], "batch_size": 32}]), ["learning_rate", "alpha_init"])
 
 
@@ -317,9 +317,9 @@ def test_bad_input_gets_one_sentence(tmp_path):
     bad = {
         "has no rows": [], "parameters is None": [dict(a=1)], "seed is 'x'": [{**rows[0], "seed": "x"}],
         "learning_rate is '-1'": [{**rows[0], "learning_rate": -1}], "width is '0'": [{**rows[0], "width": 0}],
-        "mixes batch_size = 16 and 32": [{**rows[0], "batch_size": 16}, {**rows[1], "batch_size": 32}],
+        "batch_size is 16 and 32": [{**rows[0], "batch_size": 16}, {**rows[1], "batch_size": 32}],
         "in ngpt's runs of 400 steps": [*rows, {**rows[0], "warmup_steps": 40}], "no parametrization 'mine'": [{**rows[0], "parametrization": "mine"}],
-        "mixes hidden_lr_mult": [{**row, "hidden_lr_mult": 1 + (row["width"] == 96)} for row in rows]}
+        "hidden_lr_mult is": [{**row, "hidden_lr_mult": 1 + (row["width"] == 96)} for row in rows]}
     for words, table in bad.items():
         (tmp_path / "a.csv").write_text("")
         out, err, code = command(f"results/verdict.py {write(tmp_path / 'a.csv', table) if table else tmp_path / 'a.csv'}")

@@ -3,7 +3,7 @@ The verdict on a results table of train.py: does the best learning rate η stay 
 
     python results/verdict.py results/width_1600.csv --plot=picture.png
 
-A table of one column and size with many values of the learning rate and of other hyperparameters is a random search: its
+A table of one column and size with many values of the learning rate and other hyperparameters is a random search. Its
 verdict is the best runs, the ranges that were too narrow, and the options to paste.
 """
 import argparse
@@ -34,10 +34,8 @@ recipe = operator.itemgetter(*RECIPE)
 
 
 def read_results(path):
-    """
-    The runs of a results table as dicts of options and outcome, val_loss in nats a token (inf: diverged). A missing column
-    is the option's default; of equal runs the last row counts. Raises ValueError if the file is no such table.
-    """
+    """The runs of a results table, as dicts of options and outcome; val_loss in nats a token, inf: diverged. A missing
+    column is the option's default. Of equal runs the last row counts. Raises ValueError and OSError."""
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
     runs = {}
@@ -59,17 +57,17 @@ def read_results(path):
 
 
 def check_one_sweep(runs, may_differ):
-    """Raises ValueError if runs differ in another option than those, or runs of one column and length in their recipe."""
-    for key in set(MATHEMATICS).difference(VARYING, may_differ):
+    """Raises ValueError if runs differ in other options, or runs of one column and length in their recipe."""
+    for key in [key for key in MATHEMATICS if key not in (*VARYING, *may_differ)]:
         values = {}
         for run in runs:
             where = f" in {run['parametrization']}'s runs of {run['steps']:g} steps" if key in RECIPE else ""
             if values.setdefault(where, run[key]) != run[key]:
-                raise ValueError(f"the table mixes {key} = {values[where]} and {run[key]}{where}; give each its own file")
+                raise ValueError(f"{key} is {values[where]} and {run[key]}{where}; give each its own file")
 
 
 def losses(points):
-    """Of {(x, seed): run}: seeds, x, loss (seeds, x; nan: not run, inf: diverged), the same at the seeds' common level."""
+    """(seeds, x, loss (seeds, x), loss at the seeds' common level) of {(x, seed): run}. nan: not run, inf: diverged."""
     seeds, x = sorted({seed for _, seed in points}), np.array(sorted({x for x, _ in points}))
     loss = np.array([[points.get((a, seed), {}).get("val_loss", math.nan) for a in x] for seed in seeds])
     # Seeds differ mostly by a shift. Each is moved to the common level, lest an x that only some have run be misplaced.
@@ -80,16 +78,18 @@ def losses(points):
 
 def make_curve(points, own):
     """
-    Loss against x, log2 of η or of a multiplier, from {(x, seed): run}: a namespace of seeds, x, loss (seeds, x), mean (x,),
-    best (index of the lowest mean), window (slice of points to fit), radius (points on each side of the best in the window),
-    complete (seeds that ran the window), add (x still to run), alpha (mean |α| at the best), own (the column itself ran).
+    Loss against x = log2 of η, or of a multiplier, from {(x, seed): run}. A namespace:
+    seeds, x, loss (seeds, x), mean (x,); best: index of the lowest mean; window: slice of the points to fit; radius: how
+    many on each side of the best; complete: seeds that ran the window; add: x to run; alpha: mean |α| at the best; own.
     """
     seeds, x, loss, leveled = losses(points)
     mean = np.nanmean(leveled, axis=0)
     best = int(mean.argmin())
     # Five points, as many left as right of the best: three, or one, if others are missing or diverged.
-    radius = max((r for r in (1, 2) if r <= best < len(x) - r and np.isfinite(mean[best - r:best + r + 1]).all()), default=0)
-    window, near = slice(best - radius, best + radius + 1), slice(max(best - 2, 0), best + 3)
+    radius, near = min(2, best, len(x) - 1 - best), slice(max(best - 2, 0), best + 3)
+    while not np.isfinite(mean[best - radius:best + radius + 1]).all() and radius:
+        radius -= 1
+    window = slice(best - radius, best + radius + 1)
     add, step = set(x[near][np.isnan(loss[:, near]).any(0)]), np.diff(x).min() if len(x) > 1 else 0.5
     for edge, outward, beyond in ((x[0], -step, mean[:best][::-1]), (x[-1], step, mean[best + 1:])):
         if not np.isinf(beyond[:2]).any():      # behind a divergence there is nothing to look for
@@ -97,27 +97,25 @@ def make_curve(points, own):
     at_best = [run for (a, _), run in points.items() if a == x[best]]
     return SimpleNamespace(
         seeds=seeds, x=x, loss=loss, mean=mean, best=best, window=window, radius=radius, add=sorted(add), own=own,
-        complete=[seed for seed, finite in zip(seeds, np.isfinite(loss[:, window]).all(1)) if finite], regret=None, bound=False,
+        complete=[seed for seed, finite in zip(seeds, np.isfinite(loss[:, window]).all(1)) if finite],
+        regret=None, bound=False,
         alpha=statistics.fmean(float(run.get(key) or "nan") for run in at_best for key in ("attn_alpha", "mlp_alpha")))
 
 
 def factor_on_eta(run, name):
-    """
-    What to multiply a run's η by for the same run in column `name`, or 0: 1 at the base size, where all columns are one; at
-    the base width and depth the ratio of the columns' powers of m_t.
-    """
+    """The η that column `name` needs for the same run, over the run's η; 0: none does. At the base size all columns are
+    one: 1. At the base width and depth columns differ in the power of m_t alone, which multiplies η."""
     options = [run[key] for key in (*SIZES, "alpha_init", *MULTS)]
-    (initial, scale), (wanted_initial, wanted) = parametrize(run["parametrization"], *options), parametrize(name, *options)
+    initial, scale = parametrize(run["parametrization"], *options)
+    wanted_initial, wanted = parametrize(name, *options)
     factor = sum(scale.values()) / sum(wanted.values())
     same = initial == wanted_initial and all(math.isclose(scale[key], factor * wanted[key]) for key in scale)
     return round(factor, 9) if same else 0
 
 
 def curves_of(name, key, sizes, center):
-    """
-    {size: curve over log2 of `key`} of a column, from {size: runs}: its own runs, others that are the same runs, and at sizes
-    without any of its own those that are the same at another η. Multipliers other than `key` must be at the center.
-    """
+    """{size: curve over log2 of `key`} of column `name`, from {size: runs}. Runs of other columns count where they are
+    the same; with η shifted, too, where the column has none. Multipliers other than `key` must be at the center."""
     recipes = {run["steps"]: recipe(run) for runs in sizes.values() for run in runs if run["parametrization"] == name}
     curves = {}
     for size, runs in sizes.items():
@@ -140,16 +138,14 @@ def loss_at(curve, x):
 
 
 def fit(curves):
-    """
-    {(size, seed): optimum in log2 η}, by least squares: loss = level[size, seed] + c · (x - optimum[size, seed])² over the
-    windows, one c for all. Empty where no size has its best inside its grid, or where c is not positive.
-    """
+    """{(size, seed): optimum} by least squares over the windows: loss = level[size, seed] + c · (x - optimum)², with one c
+    for all. Empty if no size has its best inside its grid, or c is not positive."""
     windows = {(size, seed): (curve.x[curve.window], curve.loss[curve.seeds.index(seed), curve.window])
                for size, curve in curves.items() if curve.radius for seed in curve.complete}
     bends = [x * x - np.polyval(np.polyfit(x, x * x, 1), x) for x, _ in windows.values()]       # x² less its best line
     square = sum(bend @ bend for bend in bends)
     c = sum(bend @ loss for bend, (_, loss) in zip(bends, windows.values())) / square if bends else 0
-    return {key: -np.polyfit(x, loss - c * x * x, 1)[0] / (2 * c) for key, (x, loss) in windows.items()} if c > 0 else {}
+    return {key: np.polyfit(x, loss - c * x * x, 1)[0] / (-2 * c) for key, (x, loss) in windows.items() if c > 0}
 
 
 def student(freedom):
@@ -160,9 +156,9 @@ def student(freedom):
 
 def drift(optima):
     """
-    (slope of {(size, seed): optimum} over log2 size, in octaves a doubling, half its 95 % interval); None for one size. All η
-    of a curve share its luck, so the interval comes from the scatter of the optima about parallel lines, one a seed, with
-    (curves - seeds - 1) degrees of freedom.
+    (slope of {(size, seed): optimum} over log2 size, in octaves a doubling; half its 95 % interval); None for one size.
+    All η of a curve share its luck, so the curve is the unit: the interval comes from the scatter of the optima about
+    parallel lines, one a seed, with (curves - seeds - 1) degrees of freedom.
     """
     lines = {}
     for (size, seed), x in optima.items():
@@ -177,15 +173,16 @@ def drift(optima):
 
 
 def judge_column(curves):
-    """The verdict on {size: curve}, as a namespace; each curve gets its optimum, its regret and what to say of its grid."""
+    """The verdict on {size: curve}, as a namespace. Each curve gets an optimum, a regret in nats, a word on its grid."""
     optima = fit(curves)
     first, *larger = curves.values()
     for size, curve in curves.items():
         curve.optimum = float(np.mean([x for (its, _), x in optima.items() if its == size] or curve.x[curve.best]))
         curve.bottom = min(curve.mean[curve.best], loss_at(curve, curve.optimum))
         inside = curve.x[curve.window][0] <= curve.optimum <= curve.x[curve.window][-1]
-        curve.grid = ("add " + " ".join(f"2^{x:.5g}" for x in curve.add) if curve.add else "diverges near the best"
-                      if curve.radius < 2 else "wide enough" if inside else "its parabola's best is outside its window")
+        faults = {"add " + " ".join(f"2^{x:.5g}" for x in curve.add): curve.add,
+                  "diverges near the best": curve.radius < 2, "its parabola's best is outside its window": not inside}
+        curve.grid = next((words for words, found in faults.items() if found), "wide enough")
         if first.radius and curve is not first:     # curves rise outwards: outside a grid, its edge is a lower bound
             x = float(np.clip(first.optimum, curve.x[0], curve.x[-1]))
             loss, curve.bound = loss_at(curve, x), x != first.optimum
@@ -200,13 +197,12 @@ def judge_column(curves):
 
 
 def judge(runs, axis=None, control="ngpt"):
-    """
-    (axis, {column: its verdict}) of the runs' columns, and of the control and nugpt where other runs are theirs at several
-    sizes. Where runs of one η vary one multiplier at a time, a tensor class takes the place of a column. Raises ValueError.
-    """
-    center, names = {key: statistics.mode(run[key] for run in runs) for key in MULTS}, {run["parametrization"] for run in runs}
+    """(axis, {column: verdict}). The control and nugpt are judged, too, where other columns' runs count as theirs. If
+    runs of one η vary one multiplier at a time, a tensor class takes the place of a column. Raises ValueError."""
+    names, rates = ({run[key] for run in runs} for key in ("parametrization", "learning_rate"))
+    center = {key: statistics.mode(run[key] for run in runs) for key in MULTS}
     changed = [{key for key in MULTS if run[key] != center[key]} for run in runs]
-    one_at_a_time = max(map(len, changed)) <= len(names) == len({run["learning_rate"] for run in runs}) == 1
+    one_at_a_time = len(names) == len(rates) == max(map(len, changed)) == 1
     classes = [key for key in MULTS if key in set.union(*changed)] if one_at_a_time else []
     check_one_sweep(runs, classes)
     varying = [key for key in ("width", "depth", "steps") if len({run[key] for run in runs}) > 1]
@@ -215,14 +211,15 @@ def judge(runs, axis=None, control="ngpt"):
     for run in sorted(runs, key=lambda run: run[axis]):
         sizes.setdefault(run[axis], []).append(run)
         if differing := [key for key in varying if run[key] != sizes[run[axis]][0][key]]:
-            raise ValueError(f"runs with {axis} = {run[axis]:g} differ in {' and '.join(differing)}; give each its own file")
+            raise ValueError(f"runs of {axis} {run[axis]:g} differ in {', '.join(differing)}; give each its own file")
     columns = ({key.removesuffix("_lr_mult"): (*names, key) for key in classes} or
                {name: (name, "learning_rate") for name in rules.COLUMNS if name in {*names, control, "nugpt"}})
     for title, (name, key) in columns.items():
         curves = curves_of(name, key, sizes, center)
         if len(curves) > 1 or curves and name in names:
             verdict = verdicts[title] = judge_column(curves)
-            small, large = (parametrize(name, *map(sizes[size][0].get, SIZES))[1] for size in (min(curves), max(curves)))
+            ends = sizes[min(curves)][0], sizes[max(curves)][0]
+            small, large = (parametrize(name, *map(run.get, SIZES))[1] for run in ends)
             verdict.powers = {tensors: math.log2(large[tensors] / small[tensors]) / math.log2(max(curves) / min(curves))
                               for tensors in small if verdict.drift and (not classes or tensors == title)}
     paired = verdicts[control].optima if control in verdicts else {}
@@ -232,28 +229,8 @@ def judge(runs, axis=None, control="ngpt"):
     return axis, verdicts
 
 
-def steps_needed(verdicts, control):
-    """
-    Rows (column, steps, best loss, "2.1 × the steps"): how long the control must train for that loss. Both are at their own
-    best η, on the seeds they share; the control's losses are a polygon over log steps. A best at the edge of its grid is none.
-    """
-    for name in verdicts if control in verdicts else ():
-        curves = [*verdicts[name].curves.values(), *verdicts[control].curves.values()]
-        seeds = set.intersection(*(set(curve.seeds) for curve in curves))
-        reached, falling = ({size: np.mean([curve.loss[curve.seeds.index(seed), curve.best] for seed in seeds])
-                             for size, curve in verdicts[column].curves.items() if curve.radius and seeds}
-                            for column in (name, control))
-        if name == control or not falling or not all(curve.own for curve in curves):
-            continue
-        lengths, falling = list(falling), np.minimum.accumulate(list(falling.values()))     # when it had a loss first
-        for steps, loss in reached.items():
-            bound = "< " if loss > falling[0] else "> " if loss < falling[-1] else ""
-            needed = 2 ** np.interp(-loss, -falling, np.log2(lengths))
-            yield name, f"{steps:,.0f}", f"{loss:.4f}", f"{bound}{needed / steps:.2f} × the steps"
-
-
 def searched(runs):
-    """The hyperparameters of a random search, learning_rate first: those that vary, two with five values or more; else []."""
+    """The hyperparameters of a random search: the learning rate and others, two with five values or more. Else []."""
     keys = [key for key in SEARCHED if len({run[key] for run in runs}) > 1]
     alike = all(len({run[key] for run in runs}) == 1 for key in ("parametrization", *SIZES))
     many = sum(len({run[key] for run in runs}) >= 5 for key in keys)
@@ -261,26 +238,27 @@ def searched(runs):
 
 
 def rank(runs, keys):
-    """([(loss at the seeds' common level, number of seeds, values of keys)], best first; a seed's scatter in nats or nan)."""
+    """([(loss at the seeds' common level, number of seeds, values of keys)] best first, a seed's scatter in nats). The
+    scatter is nan where fewer than two settings ran with several seeds. Raises ValueError."""
     check_one_sweep(runs, keys)
     settings = [tuple(run[key] for key in keys) for run in runs]
     tried = list(dict.fromkeys(settings))
     _, _, _, loss = losses({(tried.index(values), run["seed"]): run for values, run in zip(settings, runs)})
     seeds = np.isfinite(loss).sum(0)
     variances = np.nanvar(loss[:, (seeds > 1) & ~np.isinf(loss).any(0)], axis=0, ddof=1)
-    scatter = math.sqrt(variances.sum() / (len(variances) - 1)) if len(variances) > 1 else math.nan    # 1: the level's
+    freedom = len(variances) - 1        # the seeds' levels took one
+    scatter = math.sqrt(variances.sum() / freedom) if freedom > 0 else math.nan
     return sorted(zip(np.nanmean(loss, axis=0).tolist(), seeds.tolist(), tried)), scatter
 
 
 def main():
-    parser = argparse.ArgumentParser(usage="python results/verdict.py RESULTS.csv [options]", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(usage=__doc__, allow_abbrev=False)
     parser.add_argument("results", metavar="RESULTS.csv")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the picture, too")
-    parser.add_argument("--columns", type=lambda text: text.split(","), help="show these columns only, as in ngpt,nugpt")
-    parser.add_argument("--control", default="ngpt", choices=rules.COLUMNS, help="the column that others are compared to")
+    parser.add_argument("--columns", type=lambda text: text.split(","), help="show only these, as in ngpt,nugpt")
+    parser.add_argument("--control", default="ngpt", choices=rules.COLUMNS, help="what the others are compared to")
     parser.add_argument("--axis", choices=("width", "depth", "steps", "parameters"),
-                        help="what the size is; default: what differs between the runs, parameters if several do")
+                        help="what the size is; default: what differs between runs, parameters if several do")
     parser.error = lambda message: sys.exit(f"verdict.py: {message} (see python results/verdict.py --help)")
     args = parser.parse_args()
     try:
@@ -295,8 +273,7 @@ def main():
             if unknown := set(args.columns or ()) - verdicts.keys():
                 raise ValueError(f"there are runs of {', '.join(verdicts)}, but not of {', '.join(sorted(unknown))}")
             verdicts = {name: verdicts[name] for name in args.columns or verdicts}
-            needed = steps_needed(verdicts, args.control) if axis == "steps" else ()
-            print(show.report(axis, verdicts, needed, args.control))
+            print(show.report(axis, verdicts, args.control))
         if args.plot and keys:
             show.draw_search(ranked, keys, args.plot)
         elif args.plot:
