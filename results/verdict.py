@@ -79,7 +79,7 @@ def losses(points):
 def make_curve(points, own):
     """
     Loss against x = log2 of η, or of a multiplier, from {(x, seed): run}. A namespace:
-    seeds, x, loss (seeds, x), mean (x,); best: index of the lowest mean; window: slice of the points to fit; radius: how
+    seeds, x, loss (seeds, x), mean (x,); best: index of the lowest mean; window: slice of points to fit; radius: how
     many on each side of the best; complete: seeds that ran the window; add: x to run; alpha: mean |α| at the best; own.
     """
     seeds, x, loss, leveled = losses(points)
@@ -138,7 +138,7 @@ def loss_at(curve, x):
 
 
 def fit(curves):
-    """{(size, seed): optimum} by least squares over the windows: loss = level[size, seed] + c · (x - optimum)², with one c
+    """{(size, seed): optimum} by least squares over the windows: loss = level[size, seed] + c · (x - optimum)², one c
     for all. Empty if no size has its best inside its grid, or c is not positive."""
     windows = {(size, seed): (curve.x[curve.window], curve.loss[curve.seeds.index(seed), curve.window])
                for size, curve in curves.items() if curve.radius for seed in curve.complete}
@@ -173,7 +173,7 @@ def drift(optima):
 
 
 def judge_column(curves):
-    """The verdict on {size: curve}, as a namespace. Each curve gets an optimum, a regret in nats, a word on its grid."""
+    """The verdict on {size: curve}, as a namespace. Each curve gets optimum, regret in nats and a word on its grid."""
     optima = fit(curves)
     first, *larger = curves.values()
     for size, curve in curves.items():
