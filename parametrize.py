@@ -123,7 +123,7 @@ def parametrize(parametrization, width, depth, steps,
     numbers = {row: value(cell, **symbols) for row, cell in COLUMNS[parametrization].items()}
     mults = dict(embedding=embedding_lr_mult, hidden=hidden_lr_mult, unembedding=unembedding_lr_mult,
                  rescalers=rescalers_lr_mult)
-    lr_scale = {tensors: numbers["lr"] * numbers["lr_" + tensors] * (numbers[tensors + "_mult"] if mult == -1 else mult)
+    lr_scale = {tensors: numbers["lr"] * numbers["lr_" + tensors] * (numbers.get(tensors + "_mult", 1) if mult == -1 else mult)
                 for tensors, mult in mults.items() if "lr_" + tensors in numbers}
     return {row: number for row, number in numbers.items() if row.endswith(("_init", "_scale", "_std"))}, lr_scale
 

@@ -133,9 +133,11 @@ def parse_args(argv):
 def check(config):
     """Leave with one sentence if a value is impossible; parametrize, GPTConfig and AdamW check the others."""
     positive = "learning_rate alpha_init steps batch_size log_every eval_every eval_tokens checkpoint_every"
-    not_negative = "micro_batch_size vocab_size sample_tokens warmup_steps snapshot_every seed min_lr_ratio"
+    not_negative = "micro_batch_size vocab_size sample_tokens warmup_steps snapshot_every seed min_lr_ratio weight_decay"
+    mults = "embedding_lr_mult hidden_lr_mult unembedding_lr_mult rescalers_lr_mult"
     for keys, words, allowed in (
             (positive, "more than 0", lambda v: v > 0), (not_negative, "at least 0", lambda v: v >= 0),
+            (mults, "at least 0, or -1 for the table's", lambda v: v >= 0 or v == -1),
             ("device", "auto, cuda or cpu", ("auto", "cuda", "cpu").__contains__),
             ("dtype", "auto, float32 or bfloat16", ("auto", "float32", "bfloat16").__contains__),
             ("batch_size", f"a multiple of the number of processes, {world_size}", lambda v: v % world_size == 0)):
@@ -155,8 +157,8 @@ def load_run(given):
     path = Path(config.out_dir, "ckpt.pt")
     if config.out_dir and path.exists() and not config.resume:
         fail(f"{config.out_dir} already holds a run; continue it with --resume, or choose another --out_dir")
-    if config.sample_only and not path.exists():
-        fail(f"{config.out_dir} has no trained model to sample from")
+    if config.sample_only and not (config.resume and path.exists()):
+        fail(f"{config.out_dir} has no trained model; sample_only needs one, and --resume")
     if not config.resume or not path.exists():
         return config, None
     try:        # mapped to memory for a GPU, which copies it; on the CPU the file would stay open
@@ -233,9 +235,11 @@ def append_row(path, columns, row):
 
 def find_result(config):
     """The last row, {column: text}, that config.results has of this run, or None. Raises ValueError for other columns."""
-    if not config.results or not os.path.exists(config.results):
+    if not config.results:
         return None
-    with open(config.results, newline="", errors="replace") as file:
+    Path(config.results).parent.mkdir(parents=True, exist_ok=True)
+    with open(config.results, "a+", newline="", errors="replace") as file:
+        file.seek(0)
         rows = csv.DictReader(file)
         if differ := set(rows.fieldnames or RESULTS) ^ set(RESULTS):
             raise ValueError(f"{config.results} has other columns ({', '.join(sorted(differ))}); give another --results")
@@ -391,7 +395,7 @@ def train(config, model, optimizer, train_tokens, val_tokens, same, progress, de
             warmup_loss = ddp(*sequences(train_tokens, [0] * micro, config.seq_len, device))[1]
         warmup_loss.backward()
         optimizer.zero_grad(set_to_none=True)
-    if saves and step == 0:     # a full disk is met now, and --resume finds this run however early it ends
+    if saves and step == 0:     # so that --resume finds this run, however early it ends
         save_checkpoint(config, model, optimizer, same, progress)
     save_snapshot(config, model, step)
     bar = tqdm(total=config.steps, initial=step, unit="step", disable=rank != 0, dynamic_ncols=True,
@@ -443,7 +447,8 @@ def train(config, model, optimizer, train_tokens, val_tokens, same, progress, de
             progress["val_loss"] = evaluate(forward, val_tokens, micro, config, device, autocast)
             row |= dict(val_loss=f"{progress['val_loss']:.6f}", **mean_rescalers(model))
             say(f"step {step}/{config.steps}: train_loss {train_loss:.4f}, val_loss {progress['val_loss']:.4f}")
-        diverged = not math.isfinite(train_loss + (progress["val_loss"] if evaluating else 0))
+        diverged = not math.isfinite(train_loss + (progress["val_loss"] if evaluating else 0)) or (
+            saving and not all(weight.isfinite().all() for weight in model.parameters()))
         if saves and (logging or diverged):
             append_row(Path(config.out_dir, "log.csv"), LOG, row | dict(status="diverged" * diverged or "finished" * last))
         if diverged:
@@ -468,7 +473,7 @@ def run(given, started):
         config.vocab_size = config.vocab_size or 64 * math.ceil(meta["vocab_size"] / 64)
         if config.vocab_size < meta["vocab_size"]:
             raise ValueError(f"vocab_size must be at least {meta['vocab_size']}, as in {config.data}, not {config.vocab_size}")
-        if done := find_result(config):
+        if not config.sample_only and (done := find_result(config)):
             say(f"skipped, as {config.results} has it: {config.parametrization} learning_rate={config.learning_rate} "
                 f"seed={config.seed} val_loss={done['val_loss']} status={done['status']}")
             return EXIT_CODES[done["status"]]
@@ -527,6 +532,7 @@ if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
     except OSError as error:    # no such folder, no permission, disk full: of this rank alone, perhaps
+        print(file=sys.stderr)      # below the progress bar
         fail(error)
     except KeyboardInterrupt:   # with nothing to save
         print("train.py: stopped", file=sys.stderr)
