@@ -116,7 +116,7 @@ def draw_search(ranked, keys, path):
 
 
 def draw(axis, verdicts, path):
-    """Draws a panel a column: a curve a size, thin ones for seeds, a star at the best η, dots at the smallest size's."""
+    """Draws a panel a column: a curve a size, thin ones for seeds, a star at each best η, dots at the smallest."""
     figure, panels = figure_of(len(verdicts), sharex=True)
     from matplotlib import colormaps, ticker
     sizes = sorted({size for verdict in verdicts.values() for size in verdict.curves})

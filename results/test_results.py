@@ -139,14 +139,10 @@ def test_interval_covers_at_its_nominal_rate():
 
 
 def test_one_seed_has_a_long_interval_that_covers():
-    drifts = np.array([judge(sweep(dict(ngpt=-0.5), seeds=[0], jitter=0.2, draw=draw))[1]["ngpt"].drift for draw in range(200)])
+    drifts = np.array([judge(sweep(dict(ngpt=-0.5), seeds=[0], jitter=0.2, draw=draw))[1]["ngpt"].drift
+                       for draw in range(200)])
     assert 0.91 <= np.mean(abs(drifts[:, 0] + 0.5) <= drifts[:, 1]) <= 0.99 and np.median(drifts[:, 1]) > 0.5
     assert judge(sweep(dict(ngpt=-0.5), seeds=[0], sizes=(48, 96), jitter=0.2))[1]["ngpt"].drift[1] == math.inf
-
-
-@pytest.mark.parametrize("freedom, quantile", [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (5, 2.571), (30, 2.042)])
-def test_student(freedom, quantile):
-    assert verdict.student(freedom) == pytest.approx(quantile, abs=0.0015)
 
 
 def test_seeds_are_paired():
@@ -187,21 +183,20 @@ def test_narrow_grids_are_said():
     assert judge(sweep(dict(ngpt=0), best=-5, grid=(-6.5, -6, -5.5, -5)))[1]["ngpt"].regret is None
     # a third seed ran at one η only: that is said, and does not move the best
     rows = sweep(dict(ngpt=0.0), seeds=[0, 1])
-    late = [{**row, "seed": 2, "val_loss": row["val_loss"] - 0.2} for row in rows if (row["seed"], row["learning_rate"]) == (0, 2 ** -7)]
+    late = [{**row, "seed": 2, "val_loss": row["val_loss"] - 0.2} for row in rows
+            if (row["seed"], row["learning_rate"]) == (0, 2 ** -7)]
     curve = judge(rows + late)[1]["ngpt"].curves[96]
     assert curve.x[curve.best] == -6 and curve.complete == [0, 1] and curve.grid == "add 2^-6.5 2^-6 2^-5.5 2^-5"
-    # a curve that is steep on one side, judged with the curvature of others
-    steep = {-7.0: 1.85, -6.5: 1.81, -6.0: 1.80, -5.5: 2.3, -5.0: 2.8}
-    rows = [row for row in sweep(dict(ngpt=0.0), seeds=[0]) if row["width"] < 192]
-    rows += [{**RUN, "width": 192, "learning_rate": 2 ** x, "val_loss": loss} for x, loss in steep.items()]
-    assert judge(rows)[1]["ngpt"].curves[192].grid == "its parabola's best is outside its window"
 
 
 def test_diverged_runs():
     rows = sweep(dict(ngpt=0.0))
     curve = judge(diverge(rows, lambda row: row["learning_rate"] > 2 ** -5.25))[1]["ngpt"].curves[96]
     assert (curve.radius, curve.add) == (1, []) and curve.optimum == pytest.approx(-6, abs=1e-6)    # symmetric window
-    judged = judge(diverge(rows, lambda row: row["learning_rate"] > 2 ** -5.75))[1]["ngpt"]
+    hot = diverge(rows, lambda row: row["learning_rate"] > 2 ** -5.75)
+    short = judge([row for row in hot if row["learning_rate"] < 2 ** -5.25])[1]["ngpt"]
+    assert short.curves[96].add == []       # the grid ends with a divergence: far enough
+    judged = judge(hot)[1]["ngpt"]
     assert judged.drift is None and judged.curves[96].grid == "diverges near the best"
     dead = judge(diverge(rows, lambda row: row["width"] == 192))[1]["ngpt"].curves[192]
     assert dead.add == [-9.5, -9] and dead.regret == math.inf       # nothing survives: look further left
@@ -286,9 +281,11 @@ def test_search_report(tmp_path):
     ranked, scatter = verdict.rank(runs_of(search_rows(seeds=(0, 1, 2))), ["learning_rate", "alpha_init"])
     assert 0.006 < scatter < 0.015 and sum(seeds == 3 for _, seeds, _ in ranked) == 6
     by_options = {values: loss for loss, _, values in ranked}       # at the common level, 0.05 above seed 0's
-    assert np.mean([by_options[row["learning_rate"], row["alpha_init"]] - row["val_loss"] for row in rows]) == pytest.approx(0.05, abs=0.01)
+    shifts = [by_options[row["learning_rate"], row["alpha_init"]] - row["val_loss"] for row in rows]
+    assert np.mean(shifts) == pytest.approx(0.05, abs=0.01)
     assert "scatters of a seed" in show.report_search(ranked, scatter, ["learning_rate", "alpha_init"])
-    assert not verdict.searched(runs_of(sweep(dict(ngpt=0.0), sizes=(48,)))) and not verdict.searched(runs_of(rows + [{**rows[0], "width": 96}]))
+    for other in (sweep(dict(ngpt=0.0), sizes=(48,)), rows + [{**rows[0], "width": 96}]):
+        assert not verdict.searched(runs_of(other))
     with pytest.raises(ValueError, match="batch_size is"):
         verdict.rank(runs_of([*rows, {**rows[0], "batch_size": 32}]), ["learning_rate", "alpha_init"])
 
@@ -298,10 +295,11 @@ def test_command_reads_prints_and_draws(tmp_path):
     rows = sweep(dict(ngpt=-0.5, mup=0.2, nugpt=0.0), noise=0.002)
     # the last row of a run counts, whatever its free options; a missing column is the option's default
     rows = [{**rows[0], "val_loss": 99, "log_every": 1}, *rows, {**rows[-1], "dtype": "bfloat16"}]
+    rows.append({**rows[1], "learning_rate": 2.0 ** -3, "val_loss": 0.5, "status": "diverged"})
     rows = [{key: value for key, value in row.items() if key != "beta1"} for row in rows]
     path = write(tmp_path / "a.csv", rows)
     out, err, code = command(f"results/verdict.py {path} --columns=ngpt,nugpt --plot={tmp_path}/a.png")
-    assert code == 0 and "wide enough" in out and "Yes" in out and "\nmup " not in out and "99.0" not in out, err
+    assert code == 0 and "wide enough" in out and "Yes" in out and "\nmup " not in out and "99.0" not in out and "0.5000" not in out, err
     assert "bfloat16 and float32 stand side by side" in out and (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
     assert "not of nugpt_full" in command(f"results/verdict.py {path} --columns=ngpt,nugpt_full")[1]
     (tmp_path / "matplotlib").mkdir()
@@ -318,7 +316,8 @@ def test_bad_input_gets_one_sentence(tmp_path):
         "has no rows": [], "parameters is None": [dict(a=1)], "seed is 'x'": [{**rows[0], "seed": "x"}],
         "learning_rate is '-1'": [{**rows[0], "learning_rate": -1}], "width is '0'": [{**rows[0], "width": 0}],
         "batch_size is 16 and 32": [{**rows[0], "batch_size": 16}, {**rows[1], "batch_size": 32}],
-        "in ngpt's runs of 400 steps": [*rows, {**rows[0], "warmup_steps": 40}], "no parametrization 'mine'": [{**rows[0], "parametrization": "mine"}],
+        "in ngpt's runs of 400 steps": [*rows, {**rows[0], "warmup_steps": 40}],
+        "no parametrization 'mine'": [{**rows[0], "parametrization": "mine"}],
         "hidden_lr_mult is": [{**row, "hidden_lr_mult": 1 + (row["width"] == 96)} for row in rows]}
     for words, table in bad.items():
         (tmp_path / "a.csv").write_text("")
@@ -326,7 +325,8 @@ def test_bad_input_gets_one_sentence(tmp_path):
         assert (code, out, err.count("\n")) == (1, "", 1) and words in err, (words, err)
     (tmp_path / "binary.csv").write_bytes(bytes(range(256)))
     write(tmp_path / "a.csv", rows)
-    for words, line in {"No such file": "none.csv", "decode": "binary.csv", "--axis": "a.csv --axis=height", "--control": "a.csv --control=mine",
-                        "unrecognized": "a.csv --plott=a.png", "jpegg": f"a.csv --plot={tmp_path}/a.jpegg"}.items():
+    for words, line in {"No such file": "none.csv", "decode": "binary.csv", "--axis": "a.csv --axis=height",
+                        "--control": "a.csv --control=mine", "unrecognized": "a.csv --plott=a.png",
+                        "jpegg": f"a.csv --plot={tmp_path}/a.jpegg"}.items():
         out, err, code = command(f"results/verdict.py {tmp_path}/{line}")
         assert (code, err.count("\n")) == (1, 1) and words in err, (words, err)
