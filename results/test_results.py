@@ -32,7 +32,7 @@ RUN = {**vars(train.Config()), "parametrization": "ngpt", "width": 48, "depth": 
 def sweep(drifts, sizes=(48, 96, 192), seeds=range(3), grid=GRID, axis="width", best=-6.0, noise=0.0, jitter=0.0,
           shared_jitter=0.0, draw=0):
     """
-    Rows of a sweep: parabolas whose optimum moves by drifts[column] octaves a doubling of the size, with noise of each run,
+    Rows of a sweep: parabolas whose optimum moves by drifts[column] octaves a doubling, with noise of each run,
     of each curve's optimum (jitter) and of a seed's optima at all sizes. Only the first column has runs at the base.
     """
     rng, rows = np.random.default_rng(draw), []
@@ -51,7 +51,7 @@ def sweep(drifts, sizes=(48, 96, 192), seeds=range(3), grid=GRID, axis="width", 
 
 def runs_of(rows):
     """Rows as verdict.read_results would give them."""
-    return [{key: float(value) if isinstance(value, (int, float)) else value for key, value in row.items()} for row in rows]
+    return [{key: float(cell) if isinstance(cell, (int, float)) else cell for key, cell in row.items()} for row in rows]
 
 
 def judge(rows, **options):
@@ -133,7 +133,7 @@ def test_interval_covers_at_its_nominal_rate():
         drifts.append((*verdicts["nugpt"].drift, *verdicts["nugpt"].difference))
     slope, half, difference, its_half = np.transpose(drifts)
     assert 0.91 <= np.mean(abs(slope + 0.1) <= half) <= 0.985        # with 1.96 instead of t's 2.57 it would be 0.88
-    assert 0.92 <= np.mean(abs(difference - 0.4) <= its_half) <= 0.997      # a little long: the base runs are common to both
+    assert 0.92 <= np.mean(abs(difference - 0.4) <= its_half) <= 0.997  # long: the base runs are common
     assert np.mean(slope) == pytest.approx(-0.1, abs=3 * np.std(slope) / 300 ** 0.5)
     assert np.median(half) < 3.2 * np.std(slope)
 
@@ -147,7 +147,7 @@ def test_one_seed_has_a_long_interval_that_covers():
 
 def test_seeds_are_paired():
     """What a seed has in common at all sizes, or in two columns, cancels."""
-    plain, shifted = (judge(sweep(dict(ngpt=-0.5), noise=0.002, shared_jitter=jitter))[1]["ngpt"] for jitter in (0, 0.6))
+    plain, shifted = (judge(sweep(dict(ngpt=-0.5), noise=0.002, shared_jitter=by))[1]["ngpt"] for by in (0, 0.6))
     assert np.ptp([x for (size, _), x in shifted.optima.items() if size == 48]) > 0.3
     assert abs(shifted.drift[0] + 0.5) < 0.1 and shifted.drift[1] < 2 * plain.drift[1]
     rows = sweep(dict(ngpt=-0.3), jitter=0.3)
@@ -229,14 +229,16 @@ def test_one_tensor_class_at_a_time():
         mults = {**center, name: center[name] * 2.0 ** x}
         off = [math.log2(mults[other] / center[other]) - drifts[other] * math.log2(width / 48) for other in drifts]
         rows[width, seed, *mults.values()] = {
-            **RUN, "parametrization": "nugpt", "width": width, "seed": seed, "val_loss": 2 + 0.1 * seed + 0.03 * np.dot(off, off),
+            **RUN, "parametrization": "nugpt", "width": width, "seed": seed,
+            "val_loss": 2 + 0.1 * seed + 0.03 * np.dot(off, off),
             **{f"{other}_lr_mult": mult for other, mult in mults.items()}}
     verdicts = judge(rows.values())[1]
     assert list(verdicts) == list(drifts)
     for name, power, first in (("embedding", -0.5, 0), ("unembedding", -0.75, -1)):
         assert verdicts[name].drift == pytest.approx((drifts[name], 0), abs=1e-6)
         assert verdicts[name].powers == pytest.approx({name: power})
-        assert [curve.optimum for curve in verdicts[name].curves.values()] == pytest.approx([first, first + 2 * drifts[name]])
+        optima = [curve.optimum for curve in verdicts[name].curves.values()]
+        assert optima == pytest.approx([first, first + 2 * drifts[name]])
     assert "-0.75 → -1.00" in text_of(rows.values()) and "×*" in text_of(rows.values())
 
 
@@ -247,7 +249,8 @@ def test_steps_that_the_control_needs():
                 for name, lengths in losses.items() for steps, best in lengths.items() for seed in seeds for x in grid]
 
     def needed(rows):
-        return [row[3].removesuffix(" × the steps") for row in show.steps_needed(judge(rows, control="gpt_sp")[1], "gpt_sp")]
+        verdicts = judge(rows, control="gpt_sp")[1]
+        return [row[3].removesuffix(" × the steps") for row in show.steps_needed(verdicts, "gpt_sp")]
 
     plain = {400: 2.0, 800: 1.9, 1600: 1.8}     # 1.41: halfway between 400 and 800 in logs. Seed 1 does not count
     many = rows(dict(gpt_sp=plain)) + rows(dict(nugpt={200: 2.1, 400: 1.95, 800: 1.9, 1600: 1.75}), seeds=(0, 1))
@@ -261,7 +264,8 @@ def test_steps_that_the_control_needs():
 
 def search_rows(seeds=(0,), count=40):
     """A random search: loss is 2 + 0.1 · (log2 distances from lr 2^-6 and alpha_init 0.4, the end of its range)²."""
-    rng, rows, settings = np.random.default_rng(0), [], np.random.default_rng(1).uniform((-8, -6), (-4, -1.3), (count, 2))
+    rng, rows = np.random.default_rng(0), []
+    settings = np.random.default_rng(1).uniform((-8, -6), (-4, -1.3), (count, 2))
     for setting, (x, a) in enumerate(settings.tolist()):
         for seed in seeds if setting < 6 else seeds[:1]:
             loss = 2 + 0.1 * ((x + 6) ** 2 + (a + 1.3) ** 2) + 0.05 * seed + 0.01 * rng.standard_normal()
@@ -299,7 +303,8 @@ def test_command_reads_prints_and_draws(tmp_path):
     rows = [{key: value for key, value in row.items() if key != "beta1"} for row in rows]
     path = write(tmp_path / "a.csv", rows)
     out, err, code = command(f"results/verdict.py {path} --columns=ngpt,nugpt --plot={tmp_path}/a.png")
-    assert code == 0 and "wide enough" in out and "Yes" in out and "\nmup " not in out and "99.0" not in out and "0.5000" not in out, err
+    assert code == 0 and "wide enough" in out and "Yes" in out, err
+    assert not any(words in out for words in ("\nmup ", "99.0", "0.5000"))
     assert "bfloat16 and float32 stand side by side" in out and (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
     assert "not of nugpt_full" in command(f"results/verdict.py {path} --columns=ngpt,nugpt_full")[1]
     (tmp_path / "matplotlib").mkdir()
@@ -321,7 +326,8 @@ def test_bad_input_gets_one_sentence(tmp_path):
         "hidden_lr_mult is": [{**row, "hidden_lr_mult": 1 + (row["width"] == 96)} for row in rows]}
     for words, table in bad.items():
         (tmp_path / "a.csv").write_text("")
-        out, err, code = command(f"results/verdict.py {write(tmp_path / 'a.csv', table) if table else tmp_path / 'a.csv'}")
+        path = write(tmp_path / "a.csv", table) if table else tmp_path / "a.csv"
+        out, err, code = command(f"results/verdict.py {path}")
         assert (code, out, err.count("\n")) == (1, "", 1) and words in err, (words, err)
     (tmp_path / "binary.csv").write_bytes(bytes(range(256)))
     write(tmp_path / "a.csv", rows)
