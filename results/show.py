@@ -1,0 +1,148 @@
+"""
+Tables and pictures of what results/verdict.py found.
+"""
+import math
+
+import numpy as np
+
+from parametrize import COLUMNS, TENSOR_CLASSES
+
+
+def table(*rows):
+    """Rows of text as aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) + "\n" for row in rows)
+
+
+def steps_needed(verdicts, control):
+    """Rows (column, steps, best loss, "2.1 × the steps"): how long the control must train for that loss. Both are at
+    their best η inside the grid, on the seeds they share. The control's losses are a polygon over log steps."""
+    for name in verdicts if control in verdicts else ():
+        curves = [*verdicts[name].curves.values(), *verdicts[control].curves.values()]
+        seeds = set.intersection(*(set(curve.seeds) for curve in curves))
+        reached, falling = ({size: np.mean([curve.loss[curve.seeds.index(seed), curve.best] for seed in seeds])
+                             for size, curve in verdicts[column].curves.items() if curve.radius and seeds}
+                            for column in (name, control))
+        if name == control or not falling or not all(curve.own for curve in curves):
+            continue
+        lengths, falling = list(falling), np.minimum.accumulate(list(falling.values()))     # when it had a loss first
+        for steps, loss in reached.items():
+            bound = "< " if loss > falling[0] else "> " if loss < falling[-1] else ""
+            needed = 2 ** np.interp(-loss, -falling, np.log2(lengths))
+            yield name, f"{steps:,.0f}", f"{loss:.4f}", f"{bound}{needed / steps:.2f} × the steps"
+
+
+def report(axis, verdicts, control):
+    """The verdicts {column: verdict} of verdict.judge as text."""
+    def interval(drift):
+        return "-" if drift is None else f"{drift[0]:+.2f} [{drift[0] - drift[1]:+.2f}, {drift[0] + drift[1]:+.2f}]"
+
+    def regret(judged):
+        return "-" if judged.regret is None else f"{'> ' * judged.bound}{judged.regret:.4f}".replace("inf", "diverges")
+
+    def power(verdict, key):
+        table, drift = verdict.powers.get(key), verdict.drift[0]
+        return "-" if table is None else f"{table:+.2f} → {table + drift:+.2f}"
+
+    needed = steps_needed(verdicts, control) if axis == "steps" else ()
+    best = "η*" if verdicts.keys() <= COLUMNS.keys() else "×*"
+    paired = [f"less {control}'s [95 % interval]"] * any(verdict.difference for verdict in verdicts.values())
+    tables = [
+        [("column", axis, "seeds", f"log2 {best}", best, "best loss", "regret", "|α|", "grid"),
+         *((name, f"{size:,.0f}", str(len(curve.complete)), f"{curve.optimum:.2f}", f"{2 ** curve.optimum:.5f}",
+            f"{curve.mean[curve.best]:.4f}", regret(curve), f"{curve.alpha:.3f}".replace("nan", "-"), curve.grid)
+           for name, verdict in verdicts.items() for size, curve in verdict.curves.items())],
+        [("column", "drift [95 % interval]", *paired, "worst regret", "same best η?"),
+         *((name, interval(verdict.drift), *[interval(verdict.difference) for _ in paired], regret(verdict),
+            verdict.same) for name, verdict in verdicts.items())],
+        [("column", "steps", "loss", f"for it {control} needs"), *needed],
+        [(f"power of {axis} in η of", *TENSOR_CLASSES),
+         *((name, *(power(verdict, key) for key in TENSOR_CLASSES))
+           for name, verdict in verdicts.items() if verdict.drift)]]
+    return "\n".join((
+        *(table(*rows) for rows in tables if len(rows) > 1),
+        f"drift: change of log2 {best} a doubling of {axis}. |α|: eigen learning rates, mean at the end.",
+        f"regret: loss at the smallest size's {best}, less the best. needs: steps at the best η to reach that loss.",
+        "power: the table's exponent → the one that would have removed the drift, if every class is shifted equally."))
+
+
+def report_search(ranked, scatter, keys):
+    """The best runs of a search, the ranges in whose outer tenth the best lies, and the options to paste, as text."""
+    best, _, chosen = ranked[0]
+    unit = "nats" if math.isnan(scatter) else f"scatters of a seed, {scatter:.4f} nats"
+    lines = [table(("loss", "over the best", "seeds", *keys), *(
+        (f"{loss:.4f}", f"{loss - best:.4f}" if math.isnan(scatter) else f"{(loss - best) / scatter:.1f}", str(seeds),
+         *(f"{value:.4g}" for value in values)) for loss, seeds, values in ranked[:5]))]
+    for i, key in enumerate(keys):
+        tried = [values[i] for _, _, values in ranked if values[i] > 0]
+        low, high = min(tried), max(tried)
+        place = math.log(chosen[i] / low) / math.log(high / low) if low <= chosen[i] and low < high else 0.5
+        if abs(place - 0.5) > 0.4:
+            where = "downwards" if place < 0.5 else "upwards"
+            lines.append(f"widen {key} {where}: the best is {chosen[i]:.3g} of {low:.3g} to {high:.3g}")
+    diverged = sum(loss == math.inf for loss, _, _ in ranked)
+    return "\n".join((*lines, f"{len(ranked)} settings, {diverged} diverged. Over the best: in {unit}. The best:",
+                      " ".join(f"--{key}={value:.4g}" for key, value in zip(keys, chosen))))
+
+
+def figure_of(count, sharex):
+    """A figure and its `count` panels, in two rows from four on. Raises ValueError without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("the picture needs matplotlib: pip install matplotlib") from None
+    down = 1 + (count > 3)
+    across = math.ceil(count / down)
+    figure = Figure(figsize=(4.6 * across, 4.4 * down), dpi=120, layout="constrained")
+    panels = figure.subplots(down, across, sharex=sharex, sharey=True, squeeze=False).ravel()
+    for panel in panels[count:]:
+        panel.remove()
+    for panel in panels:
+        panel.tick_params(labelsize=13, labelbottom=True)
+        panel.grid(alpha=0.25)
+    panels[0].set_ylabel("validation loss, nats a token", fontsize=15)
+    return figure, panels[:count]
+
+
+def draw_search(ranked, keys, path):
+    """Draws a panel a hyperparameter: loss against it, a star at the best."""
+    figure, panels = figure_of(len(keys), sharex=False)
+    for i, (panel, key) in enumerate(zip(panels, keys)):
+        panel.plot([values[i] for _, _, values in ranked], [loss for loss, _, _ in ranked], "o", color="C0", alpha=0.6)
+        panel.plot(ranked[0][2][i], ranked[0][0], "*", color="C1", ms=22, mec="black")
+        panel.set_xscale("log", base=2)
+        panel.set_xlabel(key, fontsize=15)
+    figure.savefig(path)
+
+
+def draw(axis, verdicts, path):
+    """Draws a panel a column: a curve a size, thin ones for seeds, a star at each best η, dots at the smallest."""
+    figure, panels = figure_of(len(verdicts), sharex=True)
+    from matplotlib import colormaps, ticker
+    sizes = sorted({size for verdict in verdicts.values() for size in verdict.curves})
+    colors = dict(zip(sizes, colormaps["plasma"](np.linspace(0, 0.85, len(sizes)))))
+    near = []       # the losses that the picture must show; far to the right they can be of any height
+    for panel, (name, verdict) in zip(panels, verdicts.items()):
+        for size, curve in verdict.curves.items():
+            color, diverged = colors[size], np.isinf(curve.mean)
+            near.extend(curve.loss[:, max(curve.best - 3, 0):curve.best + 4].ravel())
+            for loss in curve.loss:
+                panel.plot(curve.x[loss == loss], loss[loss == loss], ".-", color=color, lw=0.7, ms=3, alpha=0.5)
+            panel.plot(curve.x[~diverged], curve.mean[~diverged], "o-", color=color, lw=2.2, ms=5, label=f"{size:,.0f}")
+            for x in curve.x[diverged]:
+                panel.plot(x, 0.97, "x", color=color, transform=panel.get_xaxis_transform())
+            if curve.radius:        # else the best is not known
+                panel.plot(curve.optimum, curve.bottom, "*", color=color, ms=20, mec="black", zorder=5)
+        panel.axvline(verdict.curves[min(verdict.curves)].optimum, color="gray", lw=1.2, ls=":")
+        slope, half = verdict.drift or (math.nan, math.inf)
+        interval = f" ± {half:.2f}" * (half < math.inf)
+        panel.set_title(name + f"\ndrift {slope:+.2f}{interval} octaves a doubling" * bool(verdict.drift), fontsize=15)
+        panel.set_xlabel("learning rate η" if name in COLUMNS else "multiplier of the class's η", fontsize=15)
+        panel.xaxis.set_major_locator(ticker.MultipleLocator(1))
+        panel.xaxis.set_major_formatter(lambda x, _: f"$2^{{{x:g}}}$")
+    near = np.array(near)[np.isfinite(near)]
+    if len(near):
+        panels[0].set_ylim(near.min() - 0.05 * np.ptp(near) - 1e-3, near.max() + 0.05 * np.ptp(near) + 1e-3)
+    fullest = max(panels, key=lambda panel: len(panel.get_legend_handles_labels()[1]))
+    fullest.legend(title=axis, fontsize=13, title_fontsize=13)
+    figure.savefig(path)
