@@ -941,14 +941,12 @@ def test_sweep_prints_or_runs_its_grid_names_what_failed_and_goes_on(data, tmp_p
     one_class = sweep("classes", DRY=1, RULES="nugpt", CLASSES="hidden unembedding", GRID="-1 1").stdout
     assert re.findall(r"--(\w+_lr_mult=\S+) --seed=0,1", one_class) == [
         "hidden_lr_mult=0.5", "hidden_lr_mult=2", "unembedding_lr_mult=0.25", "unembedding_lr_mult=1"] * 3
-    subprocess.run(["bash", "-c", dry[0]], cwd=HERE, check=True, capture_output=True)   # a command from the list, run elsewhere
     for _ in range(2):
-        done = sweep()
+        done = sweep(SEEDS="0")
         assert done.returncode == 1                             # width 20 is no multiple of head_dim, and stops nobody
-        assert done.stdout.split("failed, and tried again")[1].count("train.py: width must be a positive multiple of head_dim=8") == 4
-        assert len(read_csv(results)) == 2 * (2 + 3 + 3) and "same best η?" in done.stdout and (tmp_path / "a.png").exists()
-    done = sweep(SIZES="16:1:4 32:1:4", SEEDS="0")
-    assert done.returncode == 0 and done.stdout.count("skipped") == 8 and len(read_csv(results)) == 16
+        assert done.stdout.split("failed, and tried again")[1].count("train.py: width must be a positive multiple of head_dim=8") == 2
+        assert len(read_csv(results)) == 2 + 3 + 3 and "same best η?" in done.stdout and (tmp_path / "a.png").exists()
+    assert done.stdout.count("skipped") == 8 and not done.stdout.count("final:")
 
 
 def test_the_readmes_table_is_the_one_that_is_used():
