@@ -5,8 +5,8 @@ Alignment exponents of trained models, measured on the weights that train.py sav
     python results/alignment.py out/a out/b … --csv=FILE.csv        measure them; print exponents and slopes over widths
     python results/alignment.py FILE.csv … --plot=FILE.png          print and draw measurements made before
 
-Runs of several parametrizations get the coordinate check alone: how much weights, hidden states and logits have changed at
-each width. Give each (parametrization, width, seed) once, all with the same depth and number of steps.
+Runs of several parametrizations get the coordinate check alone: how much weights, hidden states and logits have changed
+at each width. Give each (parametrization, width, seed) once, all with the same depth and number of steps.
 """
 import argparse
 import csv
@@ -37,6 +37,7 @@ CELLS = [(tensors, key) for tensors in ("hidden", "unembedding") for key in EXPO
 CHANGES = ["weights of blocks, |ΔW| / |W|", "last hidden state, |Δh|", "logits, RMS of Δz"]
 FIELDS = ["parametrization", "width", "depth", "steps", "seed", "step", "loss", "layer", "map", "d_in", *EXPONENTS,
           "rms_dW", "rms_dx", "rms_y", "rms_dy"]
+NUMBERS = ["loss", "d_in", *EXPONENTS, "rms_dW", "rms_dx", "rms_dy"]
 TOKENS = 2048           # of the validation split, the same in every measurement
 
 
@@ -54,12 +55,12 @@ class LinearMaps(TorchFunctionMode):
         if function is F.linear:
             name = self.names.get(args[1])
             if name is None or name in self.inputs:
-                raise ValueError(f"a linear map with a {tuple(args[1].shape)} weight uses {name or 'no parameter'} "
-                                 f"{'again' if name else 'as a whole'}; teach LinearMaps in results/alignment.py its name")
+                raise ValueError(f"the weight of a linear map, {tuple(args[1].shape)}, is {name or 'no parameter'} "
+                                 f"{'again' if name else 'as a whole'}: name the map in LinearMaps of results/alignment.py")
             self.inputs[name] = args[0]
-        for matrix in args:
-            if isinstance(matrix, torch.Tensor) and matrix in self.names and getattr(out, "shape", 0) == matrix.shape:
-                self.names[out] = self.names[matrix]
+        for arg in args:
+            if isinstance(arg, torch.Tensor) and arg in self.names and getattr(out, "shape", None) == arg.shape:
+                self.names[out] = self.names[arg]
         return out
 
 
@@ -70,8 +71,8 @@ def rms(x):
 
 def alignment_exponent(weight, x):
     """
-    log_d [RMS(W x) / (RMS(W) RMS(x))] of weight W (out, d) and x (…, d): 1/2 if they are independent, 1 if W has rank one
-    along x. Mean over tokens that have a logarithm (a token never trained on has not moved); nan if none has.
+    log_d [RMS(W x) / (RMS(W) RMS(x))] of weight W (out, d) and x (…, d): 1/2 if they are independent, 1 if W has rank
+    one along x. Mean over tokens that have a logarithm (a token never trained on has not moved); nan if none has.
     arXiv:2407.05872; Definition 3.1 of νGPT.
     """
     ratio = rms(F.linear(x, weight)) / (rms(weight.flatten()) * rms(x))
@@ -81,16 +82,18 @@ def alignment_exponent(weight, x):
 @torch.no_grad()
 def measure(model, initial, tokens, targets):
     """
-    (rows, loss in nats a token) of a model on tokens and targets (B, T), in fp32. A row {layer, map, d_in, …} is one linear
-    map y = W x: with ΔW and Δx the changes since the initial model, α of ΔW x₀, ω of W₀ Δx and ν of ΔW Δx, and the RMS of
-    ΔW, Δx, y and Δy. W is without rescalers. The last row is of the logits. Raises ValueError as LinearMaps does.
+    (rows, loss in nats a token) of a model on tokens and targets (B, T), in fp32. A row {layer, map, d_in, …} is a
+    linear map y = W x: with ΔW and Δx the changes since the initial model, α of ΔW x₀, ω of W₀ Δx and ν of ΔW Δx, and
+    the RMS of ΔW, Δx, y and Δy. W is without rescalers; the last row is of the logits. Raises ValueError: see LinearMaps.
     """
-    def forward(model):
-        with LinearMaps(model) as maps:
-            logits, loss = model(tokens, targets)
-        return maps.inputs, logits, loss.item()
+    def size(x):
+        return rms(x).mean().item()
 
-    (inputs, logits, loss), (inputs_0, logits_0, _), rows = forward(model), forward(initial), []
+    forwards = []
+    for part in (model, initial):
+        with LinearMaps(part) as maps:
+            forwards.append((maps.inputs, *part(tokens, targets)))
+    ((inputs, logits, loss), (inputs_0, logits_0, _)), rows = forwards, []
     for name, x in inputs.items():
         in_block, x_0 = re.fullmatch(r"blocks\.(\d+)\.(.+)", name), inputs_0[name]
         layer, short = (int(in_block[1]), in_block[2]) if in_block else (len(model.blocks), name)
@@ -99,11 +102,9 @@ def measure(model, initial, tokens, targets):
             dW, dx, y, y_0 = W - W_0, x - x_0, F.linear(x, W), F.linear(x_0, W_0)
             rows.append(dict(layer=layer, map=map_, d_in=W.size(1), alpha=alignment_exponent(dW, x_0),
                              omega=alignment_exponent(W_0, dx), nu=alignment_exponent(dW, dx),
-                             rms_dW=rms(dW.flatten()).item(), rms_dx=rms(dx).mean().item(),
-                             rms_y=rms(y).mean().item(), rms_dy=rms(y - y_0).mean().item()))
-    rows.append(dict(layer=len(model.blocks), map="logits", rms_y=rms(logits).mean().item(),
-                     rms_dy=rms(logits - logits_0).mean().item()))
-    return rows, loss
+                             rms_dW=size(dW.flatten()), rms_dx=size(dx), rms_y=size(y), rms_dy=size(y - y_0)))
+    rows.append(dict(layer=len(model.blocks), map="logits", rms_y=size(logits), rms_dy=size(logits - logits_0)))
+    return rows, loss.item()
 
 
 def measure_run(out_dir):
@@ -116,16 +117,16 @@ def measure_run(out_dir):
         _, val, _ = read_folder(config.data)
         starts = train.validation_starts(len(val), config.seq_len, config.eval_tokens)
         batch = train.sequences(val, starts[:max(1, TOKENS // config.seq_len)], config.seq_len, device)
+        run = {key: getattr(config, key) for key in FIELDS[:5]}
         for path in paths:
             snapshot = torch.load(path, map_location=device, weights_only=True)
             model.load_state_dict(snapshot["model"])
             if path == paths[0]:
                 initial.load_state_dict(snapshot["model"])
             maps, loss = measure(model, initial, *batch)
-            run = {key: getattr(config, key) for key in FIELDS[:5]} | dict(step=snapshot["step"], loss=f"{loss:.6f}")
             for row in maps:
-                text = {key: f"{cell:.5g}" if isinstance(cell, float) else str(cell) for key, cell in (run | row).items()}
-                rows.append((out_dir, {key: text.get(key, "") for key in FIELDS}))
+                row = dict.fromkeys(FIELDS, "") | run | dict(step=snapshot["step"], loss=f"{loss:.6f}") | row
+                rows.append((out_dir, {k: f"{cell:.5g}" if isinstance(cell, float) else str(cell) for k, cell in row.items()}))
     except (LookupError, RuntimeError, TypeError, EOFError, json.JSONDecodeError, pickle.UnpicklingError) as error:
         raise ValueError(f"{out_dir} is damaged, or of another version of train.py ({type(error).__name__})") from None
     if not rows or rows[0][1]["step"] != "0":
@@ -133,60 +134,64 @@ def measure_run(out_dir):
     return rows
 
 
-def tensor_class(map_):
-    """The tensor class of a linear map: "hidden" for "W_q"; None for the logits and what parametrize.py does not name."""
-    parameter = next((name for name, maps in MAPS.items() if map_ in maps), map_)
-    return next((tensors for tensors, pattern in TENSOR_CLASSES.items()
-                 if re.fullmatch(pattern, parameter) or re.fullmatch(pattern, f"blocks.0.{parameter}")), None)
+def read_csv(path):
+    """[("FILE.csv, line 2", row as text), …] of a file, or of files put one behind the other, each with its head."""
+    with open(path, newline="") as file:
+        return [(f"{path}, line {i}", row) for i, row in enumerate(csv.DictReader(file), 2) if row.get("step") != "step"]
 
 
-def summary(rows, width):
-    """16 numbers of one measurement: loss, CHANGES, and for each of CELLS the means over the class's maps of
-    log [RMS(W x) / (RMS(W) RMS(x))] and log d_in. rows: {(layer, map): numbers}."""
-    classes = {tensors: [row for row in rows.values() if row["tensors"] == tensors] for tensors, _ in CELLS}
-    log_d_in = {tensors: np.log([row["d_in"] for row in chosen]) for tensors, chosen in classes.items()}
-    last, logits = (next(row for (_, map_), row in rows.items() if map_ == name) for name in ("E_out", "logits"))
-    return [logits["loss"],
-            width ** 0.5 * np.mean([row["rms_dW"] for row in classes["hidden"]]), width ** 0.5 * last["rms_dx"], logits["rms_dy"],
-            *(np.mean([row[key] for row in classes[tensors]] * log_d_in[tensors]) for tensors, key in CELLS),
-            *(np.mean(log_d_in[tensors]) for tensors, _ in CELLS)]
+def is_hidden(map_):
+    """Whether a linear map counts as hidden: W_q, … do, and other matrices of a block that parametrize.py calls so."""
+    return map_.startswith("W_") or re.fullmatch(TENSOR_CLASSES["hidden"], f"blocks.0.{map_}") is not None
+
+
+def quantities(table, maps, widths):
+    """
+    Of a table (W, seeds, S + 1 steps, maps, NUMBERS) at these widths: changes (W, seeds, S, 3) as in CHANGES; log_ratios,
+    the means of log [RMS(W x) / (RMS(W) RMS(x))] over the maps of a class, and exponents, both (W, seeds, S + 1, 6) as in
+    CELLS. Step 0 is left out; the last entry is the mean over steps, each weighted by the decrease of the loss before it.
+    """
+    hidden, output, logits = ([bool(belongs(map_)) for map_ in maps] for belongs in (
+        is_hidden, "E_out".__eq__, "logits".__eq__))
+    log_d_in, weights = np.log(table[..., 1:2]), -np.diff(table[..., 0, 0])[..., None]
+    steps = np.concatenate([(table[:, :, 1:, of, 2:5] * log_d_in[:, :, 1:, of]).mean(3) for of in (hidden, output)], axis=-1)
+    log_d_in = np.concatenate([log_d_in[:, :, :1, of].mean(3).repeat(3, -1) for of in (hidden, output)], axis=-1)
+    mean = (weights * steps).sum(2, keepdims=True) / weights.sum(2, keepdims=True)
+    log_ratios, root = np.concatenate((steps, mean), axis=2), np.sqrt(widths)[:, None, None]
+    changes = root * table[..., hidden, 5].mean(3), root * table[..., output, 6].mean(3), table[..., logits, 7].mean(3)
+    return dict(changes=np.stack(changes, axis=-1)[:, :, 1:], log_ratios=log_ratios, exponents=log_ratios / log_d_in)
 
 
 def read_runs(rows):
     """
-    {column: namespace of arrays} of [(where, row as text)], for steps that all runs and seeds that all widths have:
-        steps (S,) after step 0, widths (W,), changes (W, seeds, S, 3); log_ratios and log_d_in (W, seeds, S + 1, 6), at
-        each step and, last, their mean over steps, weighted by the decrease of the loss since the step before.
-    Raises ValueError for a cell that is no number, for a run that is given twice, and for runs that do not go together.
+    {column: namespace of widths (W,), steps (S,) after step 0, check (steps nearest to 1, 10, 100, …), and quantities} of
+    [(where, row as text)], for steps that all runs and seeds that all widths have. Raises ValueError for a cell that is no
+    number, a run that is there twice, and runs that do not go together.
     """
     runs, shapes, columns = {}, set(), {}
     for where, row in rows:
         try:
-            run, step, which = (row["parametrization"], int(row["width"]), int(row["seed"])), int(row["step"]), row["map"]
-            numbers = {key: float(row[key] or "nan") for key in ("loss", "d_in", *EXPONENTS, "rms_dW", "rms_dx", "rms_dy")}
+            run, step = (row["parametrization"], int(row["width"]), int(row["seed"])), int(row["step"])
+            numbers, which = [float(row[key] or "nan") for key in NUMBERS], (row["layer"], row["map"])
             shapes.add((row["depth"], row["steps"]))
             maps = runs.setdefault(run, {}).setdefault(step, {})
-            twice = (row["layer"], which) in maps
-            maps[row["layer"], which] = numbers | dict(tensors=tensor_class(which))
+            if which in maps or len(shapes) > 1:
+                raise ValueError(f"{run[0]} at width {run[1]}, seed {run[2]} is there twice, or in another depth or length")
+            maps[which] = numbers
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{where} is not as results/alignment.py --csv writes it ({error})") from None
-        if twice or len(shapes) > 1:
-            raise ValueError(f"{where}: {run[0]} at width {run[1]}, seed {run[2]} is there twice, or in another depth or "
-                             "number of steps; look at such runs one after the other")
     steps = sorted(set.intersection(*map(set, runs.values()))) if runs else []
     if len(steps) < 2 or steps[0] != 0:
         raise ValueError(f"the runs must have step 0 and a later one in common, but have only {steps}")
+    check = {min(steps[1:], key=lambda step: abs(step - 10 ** i)) for i in range(1 + round(math.log10(steps[-1])))}
     for name in sorted({run[0] for run in runs}, key=[*COLUMNS, *(run[0] for run in runs)].index):
         widths = sorted({run[1] for run in runs if run[0] == name})
-        seeds = [seed for seed in sorted({run[2] for run in runs}) if all((name, width, seed) in runs for width in widths)]
+        seeds = [seed for seed in sorted({run[2] for run in runs}) if all((name, d, seed) in runs for d in widths)]
         if not seeds:
             raise ValueError(f"the widths of {name} have no seed in common")
-        numbers = np.array([[[summary(runs[name, width, seed][step], width) for step in steps]
-                             for seed in seeds] for width in widths])
-        weights, logs = -np.diff(numbers[..., :1], axis=2), numbers[:, :, 1:, 4:]
-        logs = np.concatenate((logs, (weights * logs).sum(2, keepdims=True) / weights.sum(2, keepdims=True)), axis=2)
-        columns[name] = SimpleNamespace(steps=steps[1:], widths=widths, changes=numbers[:, :, 1:, 1:4],
-                                        log_ratios=logs[..., :6], log_d_in=logs[..., 6:])
+        maps = [map_ for _, map_ in runs[name, widths[0], seeds[0]][0]]
+        table = np.array([[[[*runs[name, d, seed][step].values()] for step in steps] for seed in seeds] for d in widths])
+        columns[name] = SimpleNamespace(widths=widths, steps=steps[1:], check=sorted(check), **quantities(table, maps, widths))
     return columns
 
 
@@ -204,26 +209,20 @@ def estimate(values):
 
 
 def report_alignment(name, runs):
-    """Exponents of a column as text: loss-weighted at each width, and as slopes over widths, which are free of constants."""
-    steps, head = runs.steps, [f"{tensors} {EXPONENTS[key]}" for tensors, key in CELLS]
-    single = (runs.log_ratios / runs.log_d_in)[:, :, -1]        # (W, seeds, 6)
-    slopes = slope(runs.widths, runs.log_ratios)                # (seeds, S + 1, 6)
-    shown = sorted({min(steps, key=lambda step: abs(math.log(step / near))) for near in np.geomspace(1, steps[-1], 6)})
+    """Exponents of a column as text: loss-weighted at each width, and as slopes over widths, free of constants."""
+    head, near = [f"{tensors} {EXPONENTS[key]}" for tensors, key in CELLS], np.geomspace(1, runs.steps[-1], 6)
+    shown = sorted({min(runs.steps, key=lambda step: abs(math.log(step / power))) for power in near})
+    slopes = slope(runs.widths, runs.log_ratios).transpose(1, 2, 0)     # (S + 1, 6, seeds)
     return "\n".join((
         table(("column", "width", "seeds", *head), *(
-            (name, str(width), str(len(seeds)), *map(estimate, seeds.T)) for width, seeds in zip(runs.widths, single))),
-        table(("slope over widths", "after step", *head), *(
-            (name, str(step), *map(estimate, slopes[:, steps.index(step)].T)) for step in shown),
-            (name, "all, loss-weighted", *map(estimate, slopes[:, -1].T))),
-        "1/2: not aligned, 1: fully. α: of weight changes with the initial inputs, ω: of input changes with the initial weights,",
-        "ν: of both changes. Above: means over training, weighted by the decrease of the loss. Below: slopes of",
-        "log [RMS(W x) / (RMS(W) RMS(x))] over log width.\n"))
-
-
-def check_steps(runs):
-    """The measured steps nearest to 1, 10, 100, …"""
-    powers = [10 ** i for i in range(1 + round(math.log10(runs.steps[-1])))]
-    return sorted({min(runs.steps, key=lambda step: abs(step - power)) for power in powers})
+            (name, str(width), str(len(exponents)), *map(estimate, exponents[:, -1].T))
+            for width, exponents in zip(runs.widths, runs.exponents))),
+        table(("slope over widths", "after step", *head),
+              *((name, str(step), *map(estimate, slopes[runs.steps.index(step)])) for step in shown),
+              (name, "all, loss-weighted", *map(estimate, slopes[-1]))),
+        "1/2: not aligned, 1: fully. α: of weight changes with initial inputs, ω: of input changes with initial weights,\n"
+        "ν: of both changes. Above: means over training, weighted by the decrease of the loss. Below: slopes of\n"
+        "log RMS(W x) / (RMS(W) RMS(x)) over log width.\n"))
 
 
 def report_coordinates(columns):
@@ -233,41 +232,36 @@ def report_coordinates(columns):
     powers = {name: slope(runs.widths, np.log(runs.changes.mean(1))) for name, runs in columns.items()}     # (S, 3)
     return table(("power of width in", "after step", *CHANGES), *(
         (name, str(step), *(f"{power:+.2f}" for power in powers[name][runs.steps.index(step)]))
-        for name, runs in columns.items() for step in check_steps(runs)))
+        for name, runs in columns.items() for step in runs.check))
 
 
-def draw_alignment(name, runs, path):
-    """Write a picture: exponents over training at the largest width, and slopes over widths. Bands: all seeds."""
-    figure = Figure(figsize=(8, 3.8), dpi=150, layout="constrained")
-    panels = figure.subplots(1, 2, sharex=True, sharey=True)
-    values = (runs.log_ratios / runs.log_d_in)[-1], slope(runs.widths, runs.log_ratios)     # each (seeds, S + 1, 6)
-    for panel, seeds, title in zip(panels, values, (f"{name}, width {runs.widths[-1]}", "slope over widths")):
-        for (tensors, key), color, lines in zip(CELLS, ("C3", "C0", "C2") * 2, seeds[:, :-1].transpose(2, 0, 1)):
-            panel.semilogx(runs.steps, lines.mean(0), "o-" if tensors == "hidden" else "s:", color=color, ms=3,
-                           label=f"{EXPONENTS[key]}, {tensors}")
-            panel.fill_between(runs.steps, lines.min(0), lines.max(0), color=color, alpha=0.15, lw=0)
-        for exponent in (0.5, 0.75, 1):
-            panel.axhline(exponent, color="gray", lw=0.8, ls=":")
-        panel.set(xlabel="step", ylim=(0.4, 1.05), title=title)
-    panels[0].set_ylabel("alignment exponent")
-    panels[0].legend(fontsize=7, ncols=2)
-    figure.savefig(path)
-
-
-def draw_coordinates(columns, path):
-    """Write the coordinate check as a picture: a panel a column of the table and change, a line a step, over the width."""
-    figure = Figure(figsize=(2.3 * len(columns), 6.5), dpi=150, layout="constrained")
-    panels = figure.subplots(len(CHANGES), len(columns), sharex=True, sharey="row")
-    for (name, runs), column in zip(columns.items(), panels.T):
-        for panel, values in zip(column, runs.changes.mean(1).T):      # values (S, W)
-            for step in check_steps(runs):
-                panel.loglog(runs.widths, values[runs.steps.index(step)], "o-", ms=3, label=f"step {step}")
-            panel.set_xticks(runs.widths, runs.widths)
-            panel.minorticks_off()
-        column[0].set_title(name, fontsize=10)
-        column[-1].set_xlabel("width")
-    for panel, change in zip(panels[:, 0], CHANGES):
-        panel.set_ylabel(change)
+def draw(columns, path):
+    """Write a picture: exponents and slopes of one column over training (bands: seeds); of several, changes over width."""
+    if len(columns) == 1:
+        (name, runs), = columns.items()
+        figure = Figure(figsize=(8, 3.8), dpi=150, layout="constrained")
+        panels = figure.subplots(1, 2, sharex=True, sharey=True, squeeze=False)
+        for panel, values, title in zip(panels[0], (runs.exponents[-1], slope(runs.widths, runs.log_ratios)),
+                                        (f"{name}, width {runs.widths[-1]}", "slope over widths")):
+            for (tensors, key), color, y in zip(CELLS, ("C3", "C0", "C2") * 2, values[:, :-1].transpose(2, 0, 1)):
+                panel.semilogx(runs.steps, y.mean(0), "o-" if tensors == "hidden" else "s:", color=color, ms=3,
+                               label=f"{EXPONENTS[key]}, {tensors}")
+                panel.fill_between(runs.steps, y.min(0), y.max(0), color=color, alpha=0.15, lw=0)
+            panel.set(title=title, xlabel="step", ylabel="alignment exponent", ylim=(0.4, 1.05))
+            panel.grid(axis="y", ls=":")
+    else:
+        figure = Figure(figsize=(2.3 * len(columns), 6.5), dpi=150, layout="constrained")
+        panels = figure.subplots(len(CHANGES), len(columns), sharex=True, sharey="row")
+        for column, (name, runs) in zip(panels.T, columns.items()):
+            for panel, change, values in zip(column, CHANGES, runs.changes.mean(1).T):      # values (S, W)
+                for step in runs.check:
+                    panel.loglog(runs.widths, values[runs.steps.index(step)], "o-", ms=3, label=f"step {step}")
+                panel.set_xticks(runs.widths, runs.widths)
+                panel.minorticks_off()
+                panel.set(xlabel="width", ylabel=change)
+            column[0].set_title(name, fontsize=10)
+    for panel in panels.flat:
+        panel.label_outer()
     panels[0, 0].legend(fontsize=7)
     figure.savefig(path)
 
@@ -281,12 +275,7 @@ def main():
     args, rows = parser.parse_args(), []
     try:
         for source in args.sources:
-            if source.endswith(".csv"):
-                with open(source, newline="") as file:
-                    rows += [(f"{source}, line {i}", row) for i, row in enumerate(csv.DictReader(file), 2)
-                             if row.get("step") != "step"]      # the head of a file that was put behind another
-            else:
-                rows += measure_run(source)
+            rows += read_csv(source) if source.endswith(".csv") else measure_run(source)
         columns = read_runs(rows)
         if args.csv:
             with open(args.csv, "w", newline="") as file:
@@ -294,12 +283,12 @@ def main():
                 writer.writeheader()
                 writer.writerows(row for _, row in rows)
         (name, runs), *others = columns.items()
-        reports = [] if others else [report_alignment(name, runs)]
+        if not others:
+            print(report_alignment(name, runs))
         if others or len(runs.widths) > 1:
-            reports.append(report_coordinates(columns))
-        print("\n".join(reports), end="")
+            print(report_coordinates(columns))
         if args.plot:
-            draw_coordinates(columns, args.plot) if others else draw_alignment(name, runs, args.plot)
+            draw(columns, args.plot)
     except (ValueError, OSError, csv.Error) as error:
         sys.exit(f"alignment.py: {error}")
 

@@ -80,15 +80,16 @@ def contestant(config, tokens, device, autocast):
     return (step, forward_backward, update), model.flops_per_token(), memory
 
 
-def compare(configs, tokens, device, autocast):
-    """[(seconds of the three functions, FLOPs a token, memory as text), …] of config's models, all in memory at once."""
+def compare(configs, tokens, product, device, autocast):
+    """[(seconds of a step, forward and backward, update, product; FLOPs a token; memory), …] of models in memory together."""
     models = [contestant(config, tokens, device, autocast) for config in configs]
-    turns = [[[seconds(function, device) for function in functions] for functions, _, _ in models] for _ in range(TURNS)]
-    return [(times, *rest) for times, (_, *rest) in zip(np.median(turns[1:], axis=0), models)]
+    turns = [[[seconds(function, device) for function in (*functions, product)] for functions, _, _ in models]
+             for _ in range(TURNS)]
+    return [(times, *rest) for times, (_, *rest) in zip(np.median(turns, axis=0), models)]
 
 
-def main(argv):
-    config = train.Config(**train.parse_args(argv)[0])
+def main():
+    config = train.Config(**train.parse_args(sys.argv[1:])[0])
     train.check(config)
     device, autocast = train.open_device(config)
     config.vocab_size = config.vocab_size or 50304
@@ -96,24 +97,25 @@ def main(argv):
     shape = min(config.micro_batch_size or config.batch_size, config.batch_size), config.seq_len
     tokens, n = torch.randint(config.vocab_size, shape, device=device), 8192 if device.type == "cuda" else 2048
     a, b = torch.randn(2, n, n, device=device).to(getattr(torch, config.dtype))
-    peak = 2 * n ** 3 / np.median([seconds(lambda: a @ b, device) for _ in range(5)])
-    print(f"matrix product of {n} × {n}, {config.dtype}: {peak / 1e12:.3f} TFLOP/s")
     try:
-        results = compare(configs, tokens, device, autocast)
-    except torch.OutOfMemoryError:
-        print("the two models do not fit into memory together: one after the other")
-    results = results or [compare([one], tokens, device, autocast)[0] for one in configs]
-    for name, ((step, _, update), flops, memory) in zip(("normalized", "plain"), results):
+        try:
+            results = compare(configs, tokens, lambda: a @ b, device, autocast)
+        except torch.OutOfMemoryError:
+            print("the two models do not fit into memory together: one after the other")
+        results = results or [compare([one], tokens, lambda: a @ b, device, autocast)[0] for one in configs]
+    except (ValueError, torch.OutOfMemoryError) as error:
+        sys.exit(f"bench.py: {error}")
+    peak, parts = 2 * n ** 3 / np.median([times[3] for times, _, _ in results]), LARGE_STEP / tokens.numel()
+    print(f"matrix product of {n} × {n}, {config.dtype}: {peak / 1e12:.3f} TFLOP/s")
+    for name, ((step, _, update, _), flops, memory) in zip(("normalized", "plain"), results):
         rate = tokens.numel() / step
         print(f"{name:>10}: step {1e3 * step:.2f} ms, of which the update {1e3 * update:.2f}; {rate:,.0f} tokens/s, "
               f"MFU {rate * flops / peak:.1%}; {memory}")
-    (normalized, plain), parts = ([times for times, _, _ in results]), LARGE_STEP / tokens.numel()
-    print(f"ratio normalized/plain: {normalized[0] / plain[0]:.3f} for this step of {tokens.numel():,} tokens, "
-          f"{(parts * normalized[1] + normalized[2]) / (parts * plain[1] + plain[2]):.3f} for 0.5 M tokens a step")
+    ratios = [normalized / plain for normalized, plain in zip(*((
+        times[0], times[1] * parts + times[2]) for times, _, _ in results))]
+    print(f"ratio normalized/plain: {ratios[0]:.3f} for this step of {tokens.numel():,} tokens, {ratios[1]:.3f} for 0.5 M "
+          "tokens a step")
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (ValueError, torch.OutOfMemoryError) as error:
-        sys.exit(f"bench.py: {error}")
+    main()
