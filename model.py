@@ -1,16 +1,16 @@
 """
 The normalized Transformer: nGPT (arXiv:2410.01131) in the form of νGPT (arXiv:2604.27077, section 2).
 
-Every hidden state is a unit vector, and so is every row (or column) of a weight matrix that faces it. A block does not
-add to the hidden state, it turns the state a little towards the block's output, by a learnable angle per channel, the
-"eigen learning rate" α. What is left to choose is how large the α and the other rescalers start and how fast everything
-moves. That is not here: parametrize.py holds it, in one table.
+Every hidden state is a unit vector of length d, and every weight matrix is a stack of such vectors, one a row: F.linear(h, W)
+maps from the hidden state, y @ W maps back. A block does not add to the hidden state: it turns the state a little towards
+the block's output, by a learnable step per channel, the "eigen learning rate" α. How large α and the other rescalers start,
+and how fast everything moves, is not here: parametrize.py holds it, in one table.
 
     model = GPT(GPTConfig(width=256, depth=4, head_dim=32, vocab_size=256, seq_len=128))
     logits, loss = model(tokens, targets)        # tokens, targets: (B, T) int64
     loss.backward(); optimizer.step(); model.normalize_weights()
 
-Symbols in comments: B sequences, T tokens each, d = width, H heads of D = head_dim, m = mlp_width, V = vocab_size.
+In comments: B sequences, T tokens each, d = width, H heads of D = head_dim, m = mlp_width, V = vocab_size.
 """
 import math
 from dataclasses import dataclass
@@ -28,8 +28,7 @@ class GPTConfig:
     vocab_size: int = 50304
     seq_len: int = 1024     # longest context
     mlp_ratio: float = 8 / 3
-    # Where each rescaler starts (init) and how fast Adam moves it (scale): see Rescaler. The defaults are nGPT's, None
-    # being its width^-1/2. parametrize.py gives the values of every other parametrization.
+    # Where each rescaler starts and how fast Adam moves it, see Rescaler: nGPT's values, None being width^-1/2
     alpha_init: float = 0.05            # α_A, α_M: eigen learning rates of attention and MLP
     alpha_scale: float | None = None
     qk_init: float = 1.0                # s_qk: queries and keys
@@ -38,19 +37,17 @@ class GPTConfig:
     mlp_scale: float = 1.0
     logit_init: float = 1.0             # s_z: logits
     logit_scale: float | None = None
-    # Only the plain GPT at the end of this file starts from these standard deviations; None: width^-1/2.
-    embedding_std: float = 1.0
+    embedding_std: float = 1.0          # the plain GPT alone starts from these standard deviations; None: width^-1/2
     hidden_std: float | None = None
     unembedding_std: float | None = None
 
     def __post_init__(self):
         if self.head_dim < 2 or self.head_dim % 2:
-            raise ValueError(f"head_dim must be positive and even, since RoPE turns pairs of channels, not {self.head_dim}")
+            raise ValueError(f"head_dim must be positive and even: RoPE turns pairs of channels. It is {self.head_dim}")
         if self.width < 1 or self.width % self.head_dim:
             raise ValueError(f"width must be a positive multiple of head_dim={self.head_dim}, not {self.width}")
-        for name in ("depth", "vocab_size", "seq_len"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if (smallest := min(self.depth, self.vocab_size, self.seq_len)) < 1:
+            raise ValueError(f"depth, vocab_size and seq_len must be at least 1, not {smallest}")
         for name in ("alpha_scale", "qk_scale", "logit_scale", "hidden_std", "unembedding_std"):
             if getattr(self, name) is None:
                 setattr(self, name, self.width ** -0.5)
@@ -79,20 +76,16 @@ def rope(x, table):
 
 
 class Rescaler(nn.Module):
-    """
-    A trainable vector or matrix that multiplies activations: effective value = raw · init/scale, raw starting at scale.
-    Adam moves raw by about η a step whatever its size, so `init` sets where the rescaler starts and `scale` how fast it
-    goes: the relative change a step is η/scale. nGPT section 2.5.
-    """
+    """A trainable tensor that multiplies activations: its value is raw · init/scale, where raw starts at scale. Adam moves
+    raw by about η a step whatever its size, so the relative change a step is η/scale. nGPT section 2.5."""
     def __init__(self, *shape, init, scale):
         super().__init__()
         self.init, self.scale = init, scale
         self.raw = nn.Parameter(torch.empty(shape))
-        # init/scale as a tensor: torch.compile would compile a Python number into its code, anew for every parametrization
+        # init/scale as a tensor: torch.compile would compile a Python number into its code, anew for every column
         self.register_buffer("gain", torch.empty(()), persistent=False)
 
-    @torch.no_grad()
-    def init_weights(self):
+    def draw_weights(self):
         self.raw.fill_(self.scale)
         self.gain.fill_(self.init / self.scale)
 
@@ -107,10 +100,10 @@ class Block(nn.Module):
         self.config, d, m = config, config.width, config.mlp_width
         alpha = dict(init=config.alpha_init, scale=config.alpha_scale)
         mlp = dict(init=config.mlp_init, scale=config.mlp_scale)
-        self.qkv = nn.Parameter(torch.empty(3 * d, d))      # W_q over W_k over W_v     unit rows
-        self.attn_out = nn.Parameter(torch.empty(d, d))     # W_O                       unit columns
-        self.mlp_in = nn.Parameter(torch.empty(2 * m, d))   # W_u over W_ν              unit rows
-        self.mlp_out = nn.Parameter(torch.empty(d, m))      # W_oMLP                    unit columns
+        self.qkv = nn.Parameter(torch.empty(3 * d, d))      # W_q over W_k over W_v
+        self.attn_out = nn.Parameter(torch.empty(d, d))     # W_O, transposed
+        self.mlp_in = nn.Parameter(torch.empty(2 * m, d))   # W_u over W_ν
+        self.mlp_out = nn.Parameter(torch.empty(m, d))      # W_oMLP, transposed
         self.s_qk = Rescaler(d // config.head_dim, 1, config.head_dim, init=config.qk_init, scale=config.qk_scale)
         self.s_u, self.s_v = Rescaler(m, **mlp), Rescaler(m, **mlp)                     # s_u, s_ν
         self.attn_alpha, self.mlp_alpha = Rescaler(d, **alpha), Rescaler(d, **alpha)    # α_A, α_M
@@ -122,14 +115,13 @@ class Block(nn.Module):
         k = norm(rope(k, table)) * self.s_qk()
         # q·k of unit vectors has variance 1/D, so the softmax scale is √D where a plain Transformer has 1/√D
         y = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, is_causal=True, scale=math.sqrt(D))
-        return F.linear(y.transpose(1, 2).reshape(B, T, d), self.attn_out)
+        return y.transpose(1, 2).reshape(B, T, d) @ self.attn_out
 
     def mlp(self, h):
-        # u = (W_u h) ⊙ s_u and ν = (W_ν h) ⊙ s_ν √d. The factors stand on the rows of W instead of on the far larger
-        # (B, T, 2m) activations: the same product, less memory traffic.
+        # u = (W_u h) ⊙ s_u and ν = (W_ν h) ⊙ s_ν √d, the factors on the rows of W: less memory traffic than on u and ν
         s = torch.cat((self.s_u(), self.s_v() * math.sqrt(self.config.width)))
         u, v = F.linear(h, self.mlp_in * s[:, None]).chunk(2, dim=-1)       # each (B, T, m)
-        return F.linear(F.silu(v) * u, self.mlp_out)
+        return (F.silu(v) * u) @ self.mlp_out
 
     def forward(self, h, table):
         # h ← Norm(h + α (Norm(block(h)) - h)): a step of a fraction |α| from h towards the block's output (LERP)
@@ -138,44 +130,47 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """
-    Parameters are fp32 (the master weights of mixed precision). For bf16 compute call the model under torch.autocast:
-    the matrix products are then bf16, hidden states and norms stay fp32.
-    """
+    """Parameters are fp32, the master weights of mixed precision. For bf16 compute call the model under torch.autocast:
+    the matrix products are then bf16, hidden states and norms stay fp32."""
     def __init__(self, config, block=Block):
         super().__init__()
         self.config = config
-        self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.width))     # E_in      unit rows
+        self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.width))     # E_in
         self.blocks = nn.ModuleList(block(config) for _ in range(config.depth))
-        self.unembedding = nn.Parameter(torch.empty(config.vocab_size, config.width))   # E_out     unit rows, not tied
+        self.unembedding = nn.Parameter(torch.empty(config.vocab_size, config.width))   # E_out, not tied
         self.s_z = Rescaler(config.vocab_size, init=config.logit_init, scale=config.logit_scale)
         self.register_buffer("rope", torch.empty(2, config.seq_len, config.head_dim // 2), persistent=False)
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):
-        """Gaussian matrices, put on the sphere (so their variance does not matter); rescalers at their scale. Call it
-        again after `to_empty` if the model was built under torch.device("meta")."""
+        """Draw all weights; to be called again after `to_empty` from the meta device. Raises ValueError if one is left out."""
+        for parameter in self.parameters():
+            parameter.fill_(math.nan)
+        self.draw_weights()
+        self.rope.copy_(rope_table(self.config.seq_len, self.config.head_dim))
+        for name, parameter in self.named_parameters():
+            if not parameter.is_meta and parameter.isnan().any():
+                raise ValueError(f"nobody initialized {name}: do it in draw_weights, model.py")
+
+    def draw_weights(self):
+        """Gaussian matrices, put on the sphere, so that their variance does not matter; rescalers at their scale."""
         for module in self.modules():
             if isinstance(module, Rescaler):
-                module.init_weights()
-        for weight, _ in self.sphere_weights():
+                module.draw_weights()
+        for weight in self.matrices():
             weight.normal_()
-        self.rope.copy_(rope_table(self.config.seq_len, self.config.head_dim))
         self.normalize_weights()
 
-    def sphere_weights(self):
-        """All weight matrices, each with the dimension along which it has unit norm: the one of length d."""
-        yield self.embedding, 1
-        for block in self.blocks:
-            yield from ((block.qkv, 1), (block.attn_out, 0), (block.mlp_in, 1), (block.mlp_out, 0))
-        yield self.unembedding, 1
+    def matrices(self):
+        """All matrices, a list of (number of vectors, d) parameters."""
+        return [p for name, p in self.named_parameters() if p.dim() == 2 and not name.endswith(".raw")]
 
     @torch.no_grad()
     def normalize_weights(self):
         """Put every weight back on the sphere, in place and in fp32. To be called after every optimizer step."""
-        for weight, dim in self.sphere_weights():
-            weight.copy_(norm(weight, dim))
+        for weight in self.matrices():
+            weight.copy_(norm(weight))
 
     def hidden(self, tokens):
         """Last hidden state (B, T, d), unit vectors, of tokens (B, T)."""
@@ -191,11 +186,8 @@ class GPT(nn.Module):
         return F.linear(h, self.unembedding * self.s_z()[:, None])
 
     def forward(self, tokens, targets=None):
-        """
-        tokens: (B, T) integers below V. Returns (logits (B, T, V), loss): loss is the mean cross-entropy in nats a token
-        against targets (B, T), where a target of -1 does not count; None without targets.
-        Raises ValueError if T is more than seq_len.
-        """
+        """(logits (B, T, V), loss) of tokens (B, T), integers below V. loss: mean cross-entropy in nats a token against
+        targets (B, T), where -1 does not count; None without targets. Raises ValueError if T is more than seq_len."""
         logits = self.unembed(self.hidden(tokens))
         if targets is None:
             return logits, None
@@ -203,19 +195,14 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, tokens, max_new_tokens, temperature=1.0, top_k=None):
-        """
-        Continue tokens (B, T ≥ 1) by max_new_tokens and return all, (B, T + max_new_tokens). temperature 0 takes the
-        likeliest token; top_k draws from the k likeliest only. The context is the last seq_len tokens.
-        """
+        """tokens (B, T ≥ 1) and max_new_tokens more, each of the top_k likeliest; the likeliest if temperature is 0."""
         for _ in range(max_new_tokens):
             logits = self.unembed(self.hidden(tokens[:, -self.config.seq_len:])[:, -1]).float()
             if top_k is not None:
                 kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
                 logits = logits.masked_fill(logits < kth, -math.inf)
-            if temperature == 0:
-                new = logits.argmax(-1, keepdim=True)
-            else:
-                new = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1)
+            new = (logits.argmax(-1, keepdim=True) if temperature == 0 else
+                   torch.multinomial(F.softmax(logits / temperature, dim=-1), 1))
             tokens = torch.cat((tokens, new), dim=1)
         return tokens
 
@@ -224,14 +211,17 @@ class GPT(nn.Module):
         total = sum(p.numel() for p in self.parameters())
         return total if embeddings else total - self.embedding.numel() - self.unembedding.numel()
 
-    def flops_per_token(self, seq_len=None):
-        """FLOPs of forward and backward a token, as in PaLM's appendix B (arXiv:2204.02311): 6 for every weight in a
-        matrix product plus 12 · depth · width · seq_len for attention, not halved for causality. E_in is a look-up."""
-        matmul_params = sum(w.numel() for w, _ in self.sphere_weights()) - self.embedding.numel()
-        return 6 * matmul_params + 12 * self.config.depth * self.config.width * (seq_len or self.config.seq_len)
+    def flops_per_token(self):
+        """FLOPs of forward and backward a token, as PaLM (arXiv:2204.02311, appendix B) counts them."""
+        matmul_params = sum(weight.numel() for weight in self.matrices()) - self.embedding.numel()
+        return 6 * matmul_params + 12 * self.config.depth * self.config.width * self.config.seq_len
 
 
 # ---------------------------------------------------------------- the opponent, for comparisons; nothing above needs it
+
+def rms_norm(x):
+    return norm(x) * math.sqrt(x.size(-1))
+
 
 class PlainBlock(nn.Module):
     """The usual block: RMSNorm without gains before attention and MLP, whose outputs are added to h (B, T, d)."""
@@ -239,40 +229,33 @@ class PlainBlock(nn.Module):
         super().__init__()
         self.config, d, m = config, config.width, config.mlp_width
         self.qkv, self.attn_out = nn.Parameter(torch.empty(3 * d, d)), nn.Parameter(torch.empty(d, d))
-        self.mlp_in, self.mlp_out = nn.Parameter(torch.empty(2 * m, d)), nn.Parameter(torch.empty(d, m))
+        self.mlp_in, self.mlp_out = nn.Parameter(torch.empty(2 * m, d)), nn.Parameter(torch.empty(m, d))
 
     def forward(self, h, table):
         (B, T, d), D = h.shape, self.config.head_dim
         q, k, v = F.linear(rms_norm(h), self.qkv).view(B, T, 3, d // D, D).permute(2, 0, 3, 1, 4)
         q, k = rope(q, table).to(v.dtype), rope(k, table).to(v.dtype)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)     # softmax scale 1/√D
-        h = h + F.linear(y.transpose(1, 2).reshape(B, T, d), self.attn_out)
+        h = h + y.transpose(1, 2).reshape(B, T, d) @ self.attn_out
         u, v = F.linear(rms_norm(h), self.mlp_in).chunk(2, dim=-1)
-        return h + F.linear(F.silu(v) * u, self.mlp_out)
-
-
-def rms_norm(x):
-    return norm(x) * math.sqrt(x.size(-1))
+        return h + (F.silu(v) * u) @ self.mlp_out
 
 
 class PlainGPT(GPT):
-    """A well-tuned standard GPT (pre-norm, RoPE, SwiGLU, no biases) of the same shape and interface. It is trained without
-    normalization of weights, with weight decay and warm-up: the columns gpt_sp and gpt_mup of parametrize.py."""
+    """A standard GPT (pre-norm, RoPE, SwiGLU, no biases) of the same shape and interface, to be trained with weight decay
+    and warm-up in the columns gpt_sp and gpt_mup of parametrize.py."""
     def __init__(self, config):
         super().__init__(config, PlainBlock)
-        del self.s_z
 
-    @torch.no_grad()
-    def init_weights(self):
-        config = self.config
+    def draw_weights(self):
+        config, self.s_z = self.config, None        # logits are not rescaled
         self.embedding.normal_(std=config.embedding_std)
         self.unembedding.normal_(std=config.unembedding_std)
         for block in self.blocks:
             block.qkv.normal_(std=config.hidden_std)
             block.mlp_in.normal_(std=config.hidden_std)
-            for out in (block.attn_out, block.mlp_out):     # smaller, as 2 · depth of them are added up (GPT-2 section 2.3)
+            for out in (block.attn_out, block.mlp_out):     # smaller, as 2 · depth of them are added up (GPT-2, 2.3)
                 out.normal_(std=config.hidden_std * (2 * config.depth) ** -0.5)
-        self.rope.copy_(rope_table(config.seq_len, config.head_dim))
 
     def normalize_weights(self):
         pass

@@ -67,9 +67,9 @@ unembedding_std | d^-1/2 | c · m_w^-1 |   of the unembedding
 
 TENSOR_CLASSES = {      # class: its parameters' names in model.py
     "embedding": r"embedding",
-    "hidden": r"blocks\.\d+\.(qkv|attn_out|mlp_in|mlp_out)",
+    "hidden": r"blocks\.\d+\.\w+",
     "unembedding": r"unembedding",
-    "rescalers": r"(.*\.)?(s_qk|s_u|s_v|s_z|attn_alpha|mlp_alpha)\.raw",
+    "rescalers": r".*\.raw",
 }
 BASE_WIDTH, BASE_DEPTH, BASE_STEPS, ALPHA_INIT = 1024, 10, 10_000, 0.05     # the defaults of train.py, too
 

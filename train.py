@@ -10,23 +10,7 @@ Train a normalized Transformer: one process, one node or several.
 
 The block below is the configuration; each line is an option, --key=value. `python train.py --help` lists them.
 """
-import argparse
-import csv
-import ctypes
-import fcntl
-import functools
-import inspect
-import json
-import math
-import os
-import re
-import shlex
-import shutil
-import signal
-import subprocess
-import sys
-import sysconfig
-import time
+import argparse, csv, ctypes, fcntl, functools, inspect, math, os, re, shlex, shutil, signal, sys, sysconfig, time
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
@@ -99,17 +83,15 @@ class Config:
     compile: bool = free(True)          # use torch.compile
 
 
-MATHEMATICS = [f.name for f in fields(Config) if not f.metadata.get("free")]
-CHECKPOINT = ["config", "model_config", "data", "model", "optimizer", "progress"]
-RESCALERS = ["attn_alpha", "mlp_alpha", "s_z"]      # means at the last evaluation
+MATHEMATICS = [f.name for f in fields(Config) if not f.metadata.get("free")]     # these make a run
+RESCALERS = ["attn_alpha", "mlp_alpha", "s_z"]      # their means at an evaluation
 LOG = ["step", "tokens", "learning_rate", "train_loss", "val_loss", "seconds", "tokens_per_second", *RESCALERS, "status"]
-RESULTS = [*(f.name for f in fields(Config)), "step", "val_loss", "bits_per_byte", "train_loss", "tokens", "parameters",
-           "status", "seconds", *RESCALERS]
+RESULTS = [*vars(Config()), "step", "val_loss", "bits_per_byte", "train_loss", "tokens", "parameters", "status", "seconds",
+           *RESCALERS]
 EXIT_CODES = dict(finished=0, diverged=3, stopped=4)        # 1: bad input, see fail
 
-rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-local_rank = int(os.environ.get("LOCAL_RANK", 0))
-signals = []        # SIGTERM and Ctrl-C that came, see stop_after_this_step
+rank, local_rank, world_size = (int(os.environ.get(*key)) for key in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+signals = []        # SIGTERM and Ctrl-C that came
 
 
 def say(*words):
@@ -128,21 +110,20 @@ def fail(sentence):
 
 def parse_args(argv):
     """The options given in argv, a {key: value} for each run. Leaves with one sentence for an impossible option."""
-    booleans = {"True": True, "true": True, "1": True, "False": False, "false": False, "0": False}
-    block = re.sub(r"free\((.*?)\)", r"\1      ", inspect.getsource(Config).split('"""')[0].split("class Config:")[1])
+    block = re.sub(r"free\((.*?)\)", r"\1      ", inspect.getsource(Config).split("class Config:")[1])
     parser = argparse.ArgumentParser(usage=__doc__ + block, allow_abbrev=False)
     parser.error = lambda message: fail(f"{message}; `python train.py --help` lists all options")
-    options = {f.name: f.type for f in fields(Config)}
-    for name, kind in options.items():
-        parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=argparse.SUPPRESS,
-                            **(dict(nargs="?", const="True") if kind is bool else {}))
-    runs = [{}]
+    for option in fields(Config):
+        parser.add_argument(f"--{option.name}", default=argparse.SUPPRESS, help=argparse.SUPPRESS,
+                            **(dict(nargs="?", const="True") if option.type is bool else {}))
+    runs, booleans = [{}], {"true": True, "1": True, "false": False, "0": False}
     for name, text in sorted(vars(parser.parse_args(argv)).items()):    # the seed comes last: a list has whole seeds first
-        read = booleans.__getitem__ if options[name] is bool else options[name]
+        kind = Config.__annotations__[name]
         try:
-            values = [read(part) for part in (text.split(",") if name in ("learning_rate", "seed") else [text])]
+            values = [booleans[part.lower()] if kind is bool else kind(part)
+                      for part in (text.split(",") if name in ("learning_rate", "seed") else [text])]
         except (ValueError, KeyError):
-            parser.error(f"--{name} must be of type {options[name].__name__}, not {text!r}")
+            parser.error(f"--{name} must be of type {kind.__name__}, not {text!r}")
         runs = [{**run, name: value} for value in values for run in runs]
     if len(runs) > 1 and any(run.setdefault("out_dir", "") for run in runs):
         parser.error("several runs cannot share a folder: leave out --out_dir, and give --results")
@@ -151,49 +132,42 @@ def parse_args(argv):
 
 def check(config):
     """Leave with one sentence if a value is impossible; parametrize, GPTConfig and AdamW check the others."""
-    for words, allowed, keys in (
-            ("at least 1", lambda v: v >= 1, "steps batch_size log_every eval_every eval_tokens checkpoint_every"),
-            ("at least 0 and below 2^63", lambda v: 0 <= v < 2 ** 63,
-             "micro_batch_size vocab_size sample_tokens warmup_steps snapshot_every seed"),
-            ("a positive finite number", lambda v: 0 < v < math.inf, "learning_rate eps alpha_init"),
-            ("between 0 and 1", lambda v: 0 <= v <= 1, "min_lr_ratio"),
-            ("at least 0, or -1 for the table's", lambda v: v == -1 or 0 <= v < math.inf,
-             "embedding_lr_mult hidden_lr_mult unembedding_lr_mult rescalers_lr_mult"),
-            ("auto, cuda or cpu", ("auto", "cuda", "cpu").__contains__, "device"),
-            ("auto, float32 or bfloat16", ("auto", "float32", "bfloat16").__contains__, "dtype"),
-            (f"a multiple of the number of processes, {world_size}", lambda v: v % world_size == 0, "batch_size")):
+    positive = "learning_rate alpha_init steps batch_size log_every eval_every eval_tokens checkpoint_every"
+    not_negative = "micro_batch_size vocab_size sample_tokens warmup_steps snapshot_every seed min_lr_ratio"
+    for keys, words, allowed in (
+            (positive, "more than 0", lambda v: v > 0), (not_negative, "at least 0", lambda v: v >= 0),
+            ("device", "auto, cuda or cpu", ("auto", "cuda", "cpu").__contains__),
+            ("dtype", "auto, float32 or bfloat16", ("auto", "float32", "bfloat16").__contains__),
+            ("batch_size", f"a multiple of the number of processes, {world_size}", lambda v: v % world_size == 0)):
         for key in keys.split():
             if not allowed(getattr(config, key)):
                 fail(f"{key} must be {words}, not {getattr(config, key)}")
-    if not config.out_dir and (config.resume or config.snapshot_every) or config.sample_only and not config.resume:
-        fail("resume and snapshot_every need the --out_dir of the run, and sample_only needs --resume")
+    if not config.out_dir and (config.resume or config.snapshot_every):
+        fail("resume and snapshot_every need the --out_dir of the run")
     gpus = torch.cuda.device_count()
     if config.device != "cpu" and (gpus or config.device == "cuda") and local_rank >= gpus:
         fail(f"device={config.device} needs a GPU for each process, but PyTorch sees {gpus}; use --device=cpu")
 
 
 def load_run(given):
-    """
-    (Config, checkpoint or None) of the run that the options given begin or, with resume, continue. Leaves with a sentence
-    if the options do not go with what is in out_dir.
-    """
+    """(Config, checkpoint or None) of the run that the options given begin or, with resume, continue."""
     config = Config(**given)
     path = Path(config.out_dir, "ckpt.pt")
+    if config.out_dir and path.exists() and not config.resume:
+        fail(f"{config.out_dir} already holds a run; continue it with --resume, or choose another --out_dir")
+    if config.sample_only and not path.exists():
+        fail(f"{config.out_dir} has no trained model to sample from")
     if not config.resume or not path.exists():
-        if config.sample_only or config.out_dir and path.exists():
-            fail(f"{config.out_dir} has no trained model" if config.sample_only else
-                 f"{config.out_dir} already holds a run; continue it with --resume, or choose another --out_dir")
         return config, None
     try:        # mapped to memory for a GPU, which copies it; on the CPU the file would stay open
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=torch.cuda.is_available())
-        checkpoint = {key: checkpoint[key] for key in CHECKPOINT}
-        saved = asdict(Config(**checkpoint["config"]))
+        saved = vars(Config(**checkpoint["config"]))
     except Exception as error:      # unpickling what is no checkpoint can raise anything
         fail(f"{path} is damaged, or of another version ({type(error).__name__})")
     automatic = dict(dtype="auto", vocab_size=0)        # saved as what they had come to stand for
     given = {key: value for key, value in given.items() if automatic.get(key) != value}
-    may_change = ["data", *(key for key in saved if key not in MATHEMATICS)]      # data: may have moved, see restore
-    if changed := [f"{key}={saved[key]} (now {given[key]})" for key in given if given[key] != saved[key] and key not in may_change]:
+    may_change = ["data", *(key for key in saved if key not in MATHEMATICS)]      # data may have moved: see run
+    if changed := [f"{key}={saved[key]}" for key in given if key not in may_change and given[key] != saved[key]]:
         fail(f"{config.out_dir} has {', '.join(changed)}; a resumed run may change only {', '.join(may_change)}")
     return Config(**{**saved, **given}), checkpoint
 
@@ -220,10 +194,8 @@ def shuffled(seed, epoch, windows):
 
 
 def batch_starts(seed, step, batch_size, seq_len, num_tokens):
-    """
-    Where the sequences of batch `step` begin: a pure function of (seed, step). An epoch cuts the tokens into windows of
-    seq_len, at an offset of its own, and goes through them in an order of its own; every window comes once an epoch.
-    """
+    """Where the sequences of batch `step` begin: a pure function of (seed, step). An epoch cuts the tokens into windows,
+    at an offset of its own, and goes through them in an order of its own; every window comes once an epoch."""
     windows, starts = (num_tokens - 1) // seq_len, []
     for i in range(step * batch_size, (step + 1) * batch_size):
         epoch, i = divmod(i, windows)
@@ -253,7 +225,7 @@ def append_row(path, columns, row):
     """Add a row to a .csv to which other processes may add, too: under a lock, the columns first if it is empty."""
     with open(path, "a", newline="") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        writer = csv.DictWriter(file, columns)
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         if file.seek(0, os.SEEK_END) == 0:
             writer.writeheader()
         writer.writerow(row)
@@ -265,47 +237,44 @@ def find_result(config):
         return None
     with open(config.results, newline="", errors="replace") as file:
         rows = csv.DictReader(file)
-        if rows.fieldnames not in (None, RESULTS):
-            differ = sorted(set(rows.fieldnames) ^ set(RESULTS)) or ["their order"]
-            raise ValueError(f"{config.results} has other columns ({', '.join(differ)}); give another file to --results")
+        if differ := set(rows.fieldnames or RESULTS) ^ set(RESULTS):
+            raise ValueError(f"{config.results} has other columns ({', '.join(sorted(differ))}); give another --results")
         run = {key: str(getattr(config, key)) for key in MATHEMATICS}
         return next((row for row in reversed(list(rows)) if run.items() <= row.items()), None)
 
 
 def open_folder(config, step, record):
     """Make out_dir for a run that goes on at `step`: write config.json, and drop the rows of log.csv after that step."""
-    log, commit = Path(config.out_dir, "log.csv"), ""
+    log, here = Path(config.out_dir, "log.csv"), shlex.quote(str(Path(__file__).parent))
     log.parent.mkdir(parents=True, exist_ok=True)
-    if shutil.which("git"):
-        describe = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
-        commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
+    commit = os.popen(f"git -C {here} describe --always --dirty 2>/dev/null").read().strip()
     write_json(log.with_name("config.json"), dict(config=asdict(config), **record, commit=commit, torch=torch.__version__))
-    lines = log.read_text().splitlines(keepends=True) if step and log.exists() else [",".join(LOG) + "\r\n"]
-    rows = [line for line in lines[1:] if line.endswith("\n") and int(line.split(",")[0]) <= step]      # a last one may be cut
-    write_aside(log, lambda file: file.write("".join([lines[0], *rows]).encode()))
+    rows = log.read_text().splitlines(keepends=True)[1:] if step and log.exists() else []
+    rows = [row for row in rows if row.endswith("\n") and int(row.split(",")[0]) <= step]      # the last may have been cut
+    write_aside(log, lambda file: file.write("".join([",".join(LOG) + "\n", *rows]).encode()))
 
 
-def save_checkpoint(config, model, optimizer, meta, progress):
-    """Write all that the next step depends on to out_dir/ckpt.pt: no random state, as a batch follows from its number."""
-    state = dict(config=asdict(config), model_config=asdict(model.config), data=meta, model=model.state_dict(),
-                 optimizer=optimizer.state_dict(), progress=progress)
-    sync(Path(config.out_dir, "log.csv"))       # never behind the checkpoint
+def save(path, **state):
+    """Write state to path, which stays the old file until the new one is whole and on the disk. Raises OSError."""
     try:
-        write_aside(Path(config.out_dir, "ckpt.pt"), lambda file: torch.save(state, file))
+        write_aside(path, lambda file: torch.save(state, file))
     except (OSError, RuntimeError) as error:    # torch.save hides the first behind the second
-        raise OSError(f"the checkpoint of step {progress['step']} could not be written ({error.__context__ or error}); "
-                      "the last is untouched") from error
+        raise OSError(f"{path} could not be written ({error.__context__ or error}); the last is untouched") from error
+
+
+def save_checkpoint(config, model, optimizer, same, progress):
+    """Save all that the next step depends on: no random state, as a batch follows from its number."""
+    sync(Path(config.out_dir, "log.csv"))       # never behind the checkpoint
+    save(Path(config.out_dir, "ckpt.pt"), config=asdict(config), **same, model=model.state_dict(),
+         optimizer=optimizer.state_dict(), progress=progress)
 
 
 def save_snapshot(config, model, step):
-    """Write the weights to out_dir/snapshot_STEP.pt at steps 0, 1, 2, 4, …, every snapshot_every steps, and at the last."""
+    """Save the weights alone at steps 0, 1, 2, 4, …, then every snapshot_every steps, and at the last."""
     every = config.snapshot_every
-    if step % every == 0 or step == config.steps or step < every and step & (step - 1) == 0:
-        write_aside(Path(config.out_dir, f"snapshot_{step:08d}.pt"),
-                    lambda file: torch.save(dict(step=step, model=model.state_dict()), file))
+    if every and rank == 0 and (step % every == 0 or step == config.steps or step < every and step & (step - 1) == 0):
+        save(Path(config.out_dir, f"snapshot_{step:08d}.pt"), step=step, model=model.state_dict())
 
-
-# ---------------------------------------------------------------- setting up
 
 def open_device(config):
     """(device of this rank, autocast context). Starts the process group, and sets what dtype=auto stands for in config."""
@@ -348,42 +317,20 @@ def build(config, device):
     return model, torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)     # no decay: Adam
 
 
-def restore(model, optimizer, checkpoint, meta, config):
-    """Put the checkpoint's state into model and optimizer. Raises ValueError if data or table are no longer the same."""
-    def tokens(meta):
-        return [{**meta[split], "bytes": None} for split in ("train", "val")]       # bytes may be counted later
-    if tokens(meta) != tokens(checkpoint["data"]):
-        raise ValueError(f"{config.data} does not hold the tokens that {config.out_dir}/ckpt.pt was trained on")
-    if asdict(model.config) != checkpoint["model_config"]:
-        raise ValueError(f"the table in parametrize.py is not the one that {config.out_dir}/ckpt.pt was trained with")
-    model.load_state_dict(checkpoint["model"])
-    optimizer.load_state_dict(checkpoint["optimizer"])
-
-
 def maybe_compile(model, config):
     """(forward, normalize_weights) of the model, compiled if config says so. The model keeps its parameters' names."""
     compilers, variable = (("gcc", "clang", "cc"), "CC") if model.embedding.is_cuda else (("g++", "clang++"), "CXX")
     header = Path(sysconfig.get_paths()["include"], "Python.h")
-    can_compile = header.exists() and (variable in os.environ or any(map(shutil.which, compilers)))
-    if config.compile and not can_compile:
+    off = not header.exists() or not (variable in os.environ or any(map(shutil.which, compilers)))
+    if config.compile and off:
         say(f"torch.compile did not find a C++ compiler or {header} (python3-dev): going on uncompiled")
-    if not (config.compile and can_compile):
-        return model, model.normalize_weights
-    return torch.compile(model), torch.compile(model.normalize_weights)
+    return [torch.compile(part, disable=off or not config.compile) for part in (model, model.normalize_weights)]
 
 
-def stop_after_this_step(number, frame):
-    """The handler of SIGTERM and Ctrl-C. A second Ctrl-C ends the process at once."""
+def on_signal(number, frame):
+    """Ask the loop to stop after its step; a second Ctrl-C ends the process at once."""
     signals.append(number)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def stop_requested():
-    """Whether a signal came to any rank. They come at different steps, so all ranks must agree on one."""
-    count = torch.tensor(len(signals))      # on the CPU, so that no GPU is waited for
-    if world_size > 1:
-        dist.all_reduce(count)
-    return bool(count)
 
 
 # ---------------------------------------------------------------- the run
@@ -398,26 +345,22 @@ def schedule(step, config):
 def evaluate(forward, tokens, micro, config, device, autocast):
     """Mean loss in nats a token over the windows of validation_starts; each rank takes its share, micro at a time."""
     starts = validation_starts(len(tokens), config.seq_len, config.eval_tokens)
-    total = torch.zeros(2, dtype=torch.float64, device=device)      # sum of losses, number of targets
+    total = torch.zeros((), dtype=torch.float64, device=device)
     for first in range(rank * micro, len(starts), world_size * micro):
         some = starts[first:first + micro]
         x, y = sequences(tokens, (some * micro)[:micro], config.seq_len, device)    # always micro: one shape to compile
         y = torch.cat((y[:len(some)], torch.full_like(y[len(some):], -1)))          # but none counts twice
         with torch.no_grad(), autocast:
-            total[0] += forward(x, y)[1] * (len(some) * config.seq_len)
-        total[1] += len(some) * config.seq_len
+            total += forward(x, y)[1] * len(some)
     if world_size > 1:
         dist.all_reduce(total)
-    return (total[0] / total[1]).item()
+    return total.item() / len(starts)
 
 
 def mean_rescalers(model):
-    """Means of |α_A|, |α_M| and s_z over channels and blocks, as text; nothing for the plain GPT."""
-    if isinstance(model, PlainGPT):
-        return {}
-    vectors = ([block.attn_alpha().abs() for block in model.blocks], [block.mlp_alpha().abs() for block in model.blocks],
-               [model.s_z()])
-    return {name: f"{torch.cat(vector).mean().item():.6g}" for name, vector in zip(RESCALERS, vectors)}
+    """{name: mean over channels and blocks} of |α_A|, |α_M| and s_z, as text; {} for the plain GPT."""
+    values = {name: [module().abs() for key, module in model.named_modules() if key.endswith(name)] for name in RESCALERS}
+    return {name: f"{torch.cat(vectors).mean().item():.6g}" for name, vectors in values.items() if vectors}
 
 
 def print_sample(model, config, tokenizer, autocast):
@@ -430,36 +373,30 @@ def print_sample(model, config, tokenizer, autocast):
             tokens = model.generate(torch.tensor([prompt], device=model.embedding.device), config.sample_tokens, top_k=50)
         text = decode([token for token in tokens[0].tolist() if token < vocab_size])    # the model's may be rounded up
     except (ValueError, KeyError) as error:         # no network for the vocabulary; a token that no text has
-        return fail(error) if config.sample_only else say(f"no sample: {error}")
+        text = f"no sample: {error}"
     say(f"{'-' * 30} sample {'-' * 30}\n{text}\n{'-' * 68}")
 
 
-def train(config, model, optimizer, data, progress, device, autocast):
-    """
-    Train the model from progress["step"] to config.steps, progress kept up to date. Returns the status: finished, diverged
-    or stopped. data is (train tokens, val tokens, meta). Raises OSError if a file cannot be written.
-    """
-    train_tokens, val_tokens, meta = data
+def train(config, model, optimizer, train_tokens, val_tokens, same, progress, device, autocast):
+    """The status, finished, diverged or stopped, after training from progress["step"] on, with progress kept up to date."""
     forward, normalize_weights = maybe_compile(model, config)
     ddp = DDP(forward, gradient_as_bucket_view=True, broadcast_buffers=False) if world_size > 1 else forward
     share = config.batch_size // world_size     # sequences of a rank; a micro-batch is the largest part of it allowed
     micro = max(m for m in range(1, share + 1) if share % m == 0 and m <= (config.micro_batch_size or share))
     tokens_per_step, saves, step = config.batch_size * config.seq_len, config.out_dir and rank == 0, progress["step"]
     if step and world_size > 1:
-        # After its first backward DDP sorts the gradients into other buckets, in which sums over more than two ranks have
-        # other last bits. The run that is continued had done so; here a backward that changes no weight does it.
+        # After its first backward DDP sorts the gradients into other buckets, whose sums over ranks have other last bits.
+        # The run that is continued had done so; here a backward that changes no weight does it.
         with autocast:
             warmup_loss = ddp(*sequences(train_tokens, [0] * micro, config.seq_len, device))[1]
         warmup_loss.backward()
         optimizer.zero_grad(set_to_none=True)
     if saves and step == 0:     # a full disk is met now, and --resume finds this run however early it ends
-        save_checkpoint(config, model, optimizer, meta, progress)
-    if saves and config.snapshot_every:
-        save_snapshot(config, model, step)
-    say("the first step compiles the model, for half a minute or so" if config.compile else "the model is not compiled")
+        save_checkpoint(config, model, optimizer, same, progress)
+    save_snapshot(config, model, step)
     bar = tqdm(total=config.steps, initial=step, unit="step", disable=rank != 0, dynamic_ncols=True,
                mininterval=0.5 if sys.stderr.isatty() else 10)
-    clock = None        # (time, step) of the last report; the training clock begins after the first step
+    clock, diverged = None, False       # (time, step) of the last report; the training clock begins after the first step
     while step < config.steps:
         learning_rate = config.learning_rate * schedule(step, config)
         for group in optimizer.param_groups:
@@ -480,12 +417,13 @@ def train(config, model, optimizer, data, progress, device, autocast):
         step += 1
         bar.update()
 
-        stopping, last = stop_requested(), step == config.steps
+        stopping, last = torch.tensor(len(signals)), step == config.steps
+        if world_size > 1:
+            dist.all_reduce(stopping)       # a signal comes to ranks at different steps; on the CPU: no GPU is waited for
         evaluating = last or step % config.eval_every == 0
         logging = evaluating or step % config.log_every == 0
         saving = last or stopping or step % config.checkpoint_every == 0
-        if saves and config.snapshot_every:
-            save_snapshot(config, model, step)
+        save_snapshot(config, model, step)
         if clock and not (logging or saving):
             continue
         if world_size > 1:
@@ -512,7 +450,7 @@ def train(config, model, optimizer, data, progress, device, autocast):
             progress["val_loss"] = math.nan
             break
         if saves and saving:
-            save_checkpoint(config, model, optimizer, meta, progress)
+            save_checkpoint(config, model, optimizer, same, progress)
         if stopping:
             break
         clock = time.perf_counter(), step       # neither evaluation nor checkpoints count as training time
@@ -521,44 +459,45 @@ def train(config, model, optimizer, data, progress, device, autocast):
 
 
 def run(given, started):
-    """The exit code of the run that the options given describe: training, its row in --results, its last line and sample."""
+    """The exit code of the run that the options given describe: training, its row in --results, sample and last line."""
     config, checkpoint = load_run(given)
     check(config)
     device, autocast = open_device(config)
     try:
-        data = train_tokens, _, meta = load_data(config)
+        train_tokens, val_tokens, meta = load_data(config)
         config.vocab_size = config.vocab_size or 64 * math.ceil(meta["vocab_size"] / 64)
         if config.vocab_size < meta["vocab_size"]:
             raise ValueError(f"vocab_size must be at least {meta['vocab_size']}, as in {config.data}, not {config.vocab_size}")
-        if row := find_result(config):
-            say(f"skipped, as {config.results} has it: learning_rate={config.learning_rate} seed={config.seed} "
-                f"val_loss={row['val_loss']} status={row['status']}")
-            return EXIT_CODES[row["status"]]
+        if done := find_result(config):
+            say(f"skipped, as {config.results} has it: {config.parametrization} learning_rate={config.learning_rate} "
+                f"seed={config.seed} val_loss={done['val_loss']} status={done['status']}")
+            return EXIT_CODES[done["status"]]
         model, optimizer = build(config, device)
+        same = dict(model_config=asdict(model.config), data={split: {**meta[split], "bytes": None} for split in ("train", "val")})
+        progress = dict(step=0, seconds=0.0, train_loss=math.nan, val_loss=math.nan)
         if checkpoint:
-            restore(model, optimizer, checkpoint, meta, config)
+            if differ := [key for key in same if checkpoint.get(key) != same[key]]:
+                raise ValueError(f"{config.out_dir}/ckpt.pt was trained with another {' and '.join(differ)}")
+            model.load_state_dict(checkpoint["model"])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            progress, checkpoint = checkpoint["progress"], None     # or its file keeps its place on the disk
     except ValueError as error:
         fail(error)
-    progress = checkpoint["progress"] if checkpoint else dict(step=0, seconds=0.0, train_loss=math.nan, val_loss=math.nan)
-    checkpoint = None       # or its file would keep its place on the disk after the next has replaced it
     if config.sample_only:
         print_sample(model, config, meta["tokenizer"], autocast)
         return 0
     tokens = config.steps * config.batch_size * config.seq_len
     epochs = tokens / len(train_tokens)
-    say(f"{config.parametrization}: {model.num_params():,} parameters ({model.num_params(embeddings=False):,} without "
-        f"embeddings), {config.steps:,} steps, {tokens:,} tokens, {epochs:.1f} epochs of {config.data}, {config.dtype} on "
-        f"{world_size} × {torch.cuda.get_device_name(device) if device.type == 'cuda' else 'cpu'}")
+    say(f"{config.parametrization}: {model.num_params():,} parameters, {config.steps:,} steps, {tokens:,} tokens, "
+        f"{epochs:.1f} epochs of {config.data}, {config.dtype}, {world_size} × {device}")
     if epochs > 4:
         say(f"more than 4 epochs teach little: `python prepare_data.py fineweb_edu --tokens={tokens:.0e}` downloads new text")
     if config.out_dir and rank == 0:
         rates = {group["name"]: group["lr_scale"] * config.learning_rate for group in optimizer.param_groups}
         open_folder(config, progress["step"], dict(model=asdict(model.config), peak_learning_rates=rates, data=meta))
-    status = train(config, model, optimizer, data, progress, device, autocast)
+    status = train(config, model, optimizer, train_tokens, val_tokens, same, progress, device, autocast)
     if status == "stopped":
-        launcher = "python" if world_size == 1 else f"torchrun --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"
-        command = shlex.join((*launcher.split(), sys.argv[0], f"--out_dir={config.out_dir}", "--resume"))
-        say(f"stopped after step {progress['step']}; to continue: {command}")
+        say(f"stopped after step {progress['step']}; the same command with --resume continues")
         return EXIT_CODES[status]
     bits = progress["val_loss"] / math.log(2) * meta["val"]["tokens"] / (meta["val"]["bytes"] or math.nan)
     end = dict(step=progress["step"], val_loss=f"{progress['val_loss']:.6f}", bits_per_byte=f"{bits:.4f}",
@@ -576,7 +515,7 @@ def main(argv):
     """Do the runs that the options in argv ask for. Returns the largest of their exit codes."""
     runs, signals[:] = parse_args(argv), []
     for number in (signal.SIGTERM, signal.SIGINT) if runs[0].get("out_dir", Config.out_dir) else ():
-        signal.signal(number, stop_after_this_step)     # without a folder there is nothing to save
+        signal.signal(number, on_signal)     # without a folder there is nothing to save
     code = max(run(given, time.perf_counter()) for given in runs)
     if world_size > 1:
         dist.barrier()      # a rank that left with an exit code would take the first down before it is done
