@@ -28,7 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
 from parametrize import COLUMNS, TENSOR_CLASSES
 from prepare_data import read_folder
-from verdict import student, table
+from show import table
+from verdict import student
 
 MAPS = {"qkv": ("W_q", "W_k", "W_v"), "attn_out": ("W_O",), "mlp_in": ("W_u", "W_nu"), "mlp_out": ("W_oMLP",),
         "unembedding": ("E_out",)}      # parameter: the linear maps stacked in it; any other is one map of its own name
@@ -43,8 +44,9 @@ TOKENS = 2048           # of the validation split, the same in every measurement
 
 class LinearMaps(TorchFunctionMode):
     """
-    Collects `inputs`, {weight's name: input (…, d_in)}, of the linear maps of a model called within. A matrix keeps its
-    name through functions that keep its shape, such as a product with rescalers. Raises ValueError for another weight.
+    Collects `inputs`, {weight's name: (input (…, d_in), True for x @ W)}, of the linear maps of a model called within.
+    A matrix keeps its name through functions that keep its shape, such as a product with rescalers. Raises ValueError
+    for another weight, and for a second use.
     """
     def __init__(self, model):
         super().__init__()
@@ -52,15 +54,16 @@ class LinearMaps(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        if function is F.linear:
+        if function is F.linear or function in (torch.matmul, torch.Tensor.matmul) and args[1].dim() == 2:
             name = self.names.get(args[1])
             if name is None or name in self.inputs:
                 raise ValueError(f"the weight of a linear map, {tuple(args[1].shape)}, is {name or 'no parameter'} "
-                                 f"{'again' if name else 'as a whole'}: name the map in LinearMaps of results/alignment.py")
-            self.inputs[name] = args[0]
+                                 f"{'again' if name else 'as a whole'}: name it in LinearMaps of results/alignment.py")
+            self.inputs[name] = args[0], function is not F.linear
         for arg in args:
-            if isinstance(arg, torch.Tensor) and arg in self.names and getattr(out, "shape", None) == arg.shape:
-                self.names[out] = self.names[arg]
+            if isinstance(arg, torch.Tensor) and arg in self.names and isinstance(out, torch.Tensor):
+                if (out.shape, out.stride()) == (arg.shape, arg.stride()):      # not transposed either
+                    self.names[out] = self.names[arg]
         return out
 
 
@@ -84,7 +87,7 @@ def measure(model, initial, tokens, targets):
     """
     (rows, loss in nats a token) of a model on tokens and targets (B, T), in fp32. A row {layer, map, d_in, …} is a
     linear map y = W x: with ΔW and Δx the changes since the initial model, α of ΔW x₀, ω of W₀ Δx and ν of ΔW Δx, and
-    the RMS of ΔW, Δx, y and Δy. W is without rescalers; the last row is of the logits. Raises ValueError: see LinearMaps.
+    the RMS of ΔW, Δx, y and Δy. W is without rescalers; the last row is of the logits. Raises ValueError as LinearMaps.
     """
     def size(x):
         return rms(x).mean().item()
@@ -94,11 +97,11 @@ def measure(model, initial, tokens, targets):
         with LinearMaps(part) as maps:
             forwards.append((maps.inputs, *part(tokens, targets)))
     ((inputs, logits, loss), (inputs_0, logits_0, _)), rows = forwards, []
-    for name, x in inputs.items():
-        in_block, x_0 = re.fullmatch(r"blocks\.(\d+)\.(.+)", name), inputs_0[name]
+    for name, (x, transposed) in inputs.items():
+        in_block, x_0 = re.fullmatch(r"blocks\.(\d+)\.(.+)", name), inputs_0[name][0]
         layer, short = (int(in_block[1]), in_block[2]) if in_block else (len(model.blocks), name)
-        maps = MAPS.get(short, (short,))
-        for map_, W, W_0 in zip(maps, *(part.get_parameter(name).chunk(len(maps)) for part in (model, initial))):
+        maps, weights = MAPS.get(short, (short,)), (part.get_parameter(name) for part in (model, initial))
+        for map_, W, W_0 in zip(maps, *((W.T if transposed else W).chunk(len(maps)) for W in weights)):
             dW, dx, y, y_0 = W - W_0, x - x_0, F.linear(x, W), F.linear(x_0, W_0)
             rows.append(dict(layer=layer, map=map_, d_in=W.size(1), alpha=alignment_exponent(dW, x_0),
                              omega=alignment_exponent(W_0, dx), nu=alignment_exponent(dW, dx),
@@ -117,7 +120,7 @@ def measure_run(out_dir):
         _, val, _ = read_folder(config.data)
         starts = train.validation_starts(len(val), config.seq_len, config.eval_tokens)
         batch = train.sequences(val, starts[:max(1, TOKENS // config.seq_len)], config.seq_len, device)
-        run = {key: getattr(config, key) for key in FIELDS[:5]}
+        run = {key: str(getattr(config, key)) for key in FIELDS[:5]}
         for path in paths:
             snapshot = torch.load(path, map_location=device, weights_only=True)
             model.load_state_dict(snapshot["model"])
@@ -125,8 +128,9 @@ def measure_run(out_dir):
                 initial.load_state_dict(snapshot["model"])
             maps, loss = measure(model, initial, *batch)
             for row in maps:
-                row = dict.fromkeys(FIELDS, "") | run | dict(step=snapshot["step"], loss=f"{loss:.6f}") | row
-                rows.append((out_dir, {k: f"{cell:.5g}" if isinstance(cell, float) else str(cell) for k, cell in row.items()}))
+                cells = {key: f"{cell:.5g}" if isinstance(cell, float) else str(cell) for key, cell in row.items()}
+                now = dict(step=str(snapshot["step"]), loss=f"{loss:.6f}")
+                rows.append((out_dir, dict.fromkeys(FIELDS, "") | run | now | cells))
     except (LookupError, RuntimeError, TypeError, EOFError, json.JSONDecodeError, pickle.UnpicklingError) as error:
         raise ValueError(f"{out_dir} is damaged, or of another version of train.py ({type(error).__name__})") from None
     if not rows or rows[0][1]["step"] != "0":
@@ -137,47 +141,51 @@ def measure_run(out_dir):
 def read_csv(path):
     """[("FILE.csv, line 2", row as text), …] of a file, or of files put one behind the other, each with its head."""
     with open(path, newline="") as file:
-        return [(f"{path}, line {i}", row) for i, row in enumerate(csv.DictReader(file), 2) if row.get("step") != "step"]
+        rows = enumerate(csv.DictReader(file), 2)
+        return [(f"{path}, line {i}", row) for i, row in rows if row.get("step") != "step"]
 
 
 def is_hidden(map_):
-    """Whether a linear map counts as hidden: W_q, … do, and other matrices of a block that parametrize.py calls so."""
-    return map_.startswith("W_") or re.fullmatch(TENSOR_CLASSES["hidden"], f"blocks.0.{map_}") is not None
+    """Whether the linear map is of the class "hidden": "blocks.0.W_q" is, and whatever parametrize.py says is."""
+    return re.fullmatch(TENSOR_CLASSES["hidden"] + r"|blocks\.\d+\.W_\w+", map_) is not None
 
 
-def quantities(table, maps, widths):
+def quantities(numbers, maps, widths):
     """
-    Of a table (W, seeds, S + 1 steps, maps, NUMBERS) at these widths: changes (W, seeds, S, 3) as in CHANGES; log_ratios,
-    the means of log [RMS(W x) / (RMS(W) RMS(x))] over the maps of a class, and exponents, both (W, seeds, S + 1, 6) as in
-    CELLS. Step 0 is left out; the last entry is the mean over steps, each weighted by the decrease of the loss before it.
+    changes (W, seeds, S, 3) as in CHANGES, of numbers (W, seeds, S + 1 steps, maps, NUMBERS) at W widths; log_ratios,
+    means over a class's maps of log [RMS(W x) / (RMS(W) RMS(x))], and exponents, both (W, seeds, S + 1, 6) as in CELLS.
+    Step 0 is left out. The last of S + 1 is the mean over steps, each weighted by the decrease of the loss before it.
     """
-    hidden, output, logits = ([bool(belongs(map_)) for map_ in maps] for belongs in (
-        is_hidden, "E_out".__eq__, "logits".__eq__))
-    log_d_in, weights = np.log(table[..., 1:2]), -np.diff(table[..., 0, 0])[..., None]
-    steps = np.concatenate([(table[:, :, 1:, of, 2:5] * log_d_in[:, :, 1:, of]).mean(3) for of in (hidden, output)], axis=-1)
-    log_d_in = np.concatenate([log_d_in[:, :, :1, of].mean(3).repeat(3, -1) for of in (hidden, output)], axis=-1)
+    hidden, output, logits = (list(map(which, maps)) for which in (is_hidden, "E_out".__eq__, "logits".__eq__))
+    weights, log_d_in = -np.diff(numbers[..., 0, 0])[..., None], np.log(numbers[:, :, 1:, :, 1:2])
+    logs = numbers[:, :, 1:, :, 2:5] * log_d_in
+    steps = np.concatenate([logs[..., of, :].mean(3) for of in (hidden, output)], axis=-1)
     mean = (weights * steps).sum(2, keepdims=True) / weights.sum(2, keepdims=True)
-    log_ratios, root = np.concatenate((steps, mean), axis=2), np.sqrt(widths)[:, None, None]
-    changes = root * table[..., hidden, 5].mean(3), root * table[..., output, 6].mean(3), table[..., logits, 7].mean(3)
-    return dict(changes=np.stack(changes, axis=-1)[:, :, 1:], log_ratios=log_ratios, exponents=log_ratios / log_d_in)
+    log_ratios = np.concatenate((steps, mean), axis=2)
+    log_d_in = np.concatenate([log_d_in[:, :, :1, of].mean(3).repeat(3, axis=-1) for of in (hidden, output)], axis=-1)
+    root = np.sqrt(widths)[:, None, None]
+    dW, dh, dz = (numbers[:, :, 1:, of, i].mean(3) for of, i in ((hidden, 5), (output, 6), (logits, 7)))
+    return dict(changes=np.stack((root * dW, root * dh, dz), axis=-1), log_ratios=log_ratios,
+                exponents=log_ratios / log_d_in)
 
 
 def read_runs(rows):
     """
-    {column: namespace of widths (W,), steps (S,) after step 0, check (steps nearest to 1, 10, 100, …), and quantities} of
-    [(where, row as text)], for steps that all runs and seeds that all widths have. Raises ValueError for a cell that is no
-    number, a run that is there twice, and runs that do not go together.
+    {column: namespace of widths (W,), steps (S,) after step 0, check (steps near 1, 10, 100, …) and quantities} of
+    [(where, row as text)], for steps that all runs and seeds that all widths have. Raises ValueError for a cell that is
+    no number, a run that is there twice, and runs that do not go together.
     """
     runs, shapes, columns = {}, set(), {}
     for where, row in rows:
         try:
             run, step = (row["parametrization"], int(row["width"]), int(row["seed"])), int(row["step"])
-            numbers, which = [float(row[key] or "nan") for key in NUMBERS], (row["layer"], row["map"])
+            numbers, layer = [float(row[key] or "nan") for key in NUMBERS], row["layer"]
+            map_ = row["map"] if layer == row["depth"] else f"blocks.{layer}.{row['map']}"
             shapes.add((row["depth"], row["steps"]))
             maps = runs.setdefault(run, {}).setdefault(step, {})
-            if which in maps or len(shapes) > 1:
-                raise ValueError(f"{run[0]} at width {run[1]}, seed {run[2]} is there twice, or in another depth or length")
-            maps[which] = numbers
+            if map_ in maps or len(shapes) > 1:
+                raise ValueError(f"width {run[1]}, seed {run[2]} is there twice, or with another depth or length")
+            maps[map_] = numbers
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{where} is not as results/alignment.py --csv writes it ({error})") from None
     steps = sorted(set.intersection(*map(set, runs.values()))) if runs else []
@@ -189,9 +197,9 @@ def read_runs(rows):
         seeds = [seed for seed in sorted({run[2] for run in runs}) if all((name, d, seed) in runs for d in widths)]
         if not seeds:
             raise ValueError(f"the widths of {name} have no seed in common")
-        maps = [map_ for _, map_ in runs[name, widths[0], seeds[0]][0]]
-        table = np.array([[[[*runs[name, d, seed][step].values()] for step in steps] for seed in seeds] for d in widths])
-        columns[name] = SimpleNamespace(widths=widths, steps=steps[1:], check=sorted(check), **quantities(table, maps, widths))
+        numbers = [[[[*runs[name, d, seed][step].values()] for step in steps] for seed in seeds] for d in widths]
+        columns[name] = SimpleNamespace(widths=widths, steps=steps[1:], check=sorted(check),
+                                        **quantities(np.array(numbers), [*runs[name, widths[0], seeds[0]][0]], widths))
     return columns
 
 
@@ -220,8 +228,8 @@ def report_alignment(name, runs):
         table(("slope over widths", "after step", *head),
               *((name, str(step), *map(estimate, slopes[runs.steps.index(step)])) for step in shown),
               (name, "all, loss-weighted", *map(estimate, slopes[-1]))),
-        "1/2: not aligned, 1: fully. α: of weight changes with initial inputs, ω: of input changes with initial weights,\n"
-        "ν: of both changes. Above: means over training, weighted by the decrease of the loss. Below: slopes of\n"
+        "1/2: not aligned, 1: fully. α: weight changes with initial inputs, ω: initial weights with input changes,\n"
+        "ν: both changes. Above: means over training, weighted by the decrease of the loss. Below: slopes of\n"
         "log RMS(W x) / (RMS(W) RMS(x)) over log width.\n"))
 
 
@@ -236,7 +244,7 @@ def report_coordinates(columns):
 
 
 def draw(columns, path):
-    """Write a picture: exponents and slopes of one column over training (bands: seeds); of several, changes over width."""
+    """Write a picture: of one column exponents and slopes over steps (bands: seeds), of several changes over width."""
     if len(columns) == 1:
         (name, runs), = columns.items()
         figure = Figure(figsize=(8, 3.8), dpi=150, layout="constrained")

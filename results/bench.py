@@ -3,8 +3,9 @@ What normalization costs: a training step of the normalized Transformer beside o
 
     python results/bench.py --width=1024 [any option of train.py]
 
-A step is one micro-batch of random tokens: forward, backward, Adam and normalization of the weights. The models take turns
-of several steps between two synchronizations; times are medians. MFU is relative to a large matrix product's rate.
+A step is one micro-batch of random tokens: forward, backward, Adam and normalization of the weights. The models take
+turns of several steps between two synchronizations; times are medians. MFU is relative to the rate of a
+large matrix product.
 """
 import sys
 import time
@@ -50,7 +51,7 @@ def kept_for_backward(block, model, tokens, autocast):
 
 
 def contestant(config, tokens, device, autocast):
-    """(functions to time: a step, forward and backward, the update; FLOPs a token; memory as text) of config's model."""
+    """((a step, forward and backward, the update) as functions to time, FLOPs a token, memory as text) of a model."""
     before = torch.cuda.memory_allocated()      # 0 without a GPU
     model, optimizer = train.build(config, device)
     forward, normalize_weights = train.maybe_compile(model, config)
@@ -81,7 +82,7 @@ def contestant(config, tokens, device, autocast):
 
 
 def compare(configs, tokens, product, device, autocast):
-    """[(seconds of a step, forward and backward, update, product; FLOPs a token; memory), …] of models in memory together."""
+    """[((seconds of step, forward and backward, update, product), FLOPs a token, memory), …], with all models built."""
     models = [contestant(config, tokens, device, autocast) for config in configs]
     turns = [[[seconds(function, device) for function in (*functions, product)] for functions, _, _ in models]
              for _ in range(TURNS)]
@@ -113,8 +114,8 @@ def main():
               f"MFU {rate * flops / peak:.1%}; {memory}")
     ratios = [normalized / plain for normalized, plain in zip(*((
         times[0], times[1] * parts + times[2]) for times, _, _ in results))]
-    print(f"ratio normalized/plain: {ratios[0]:.3f} for this step of {tokens.numel():,} tokens, {ratios[1]:.3f} for 0.5 M "
-          "tokens a step")
+    print(f"ratio normalized/plain: {ratios[0]:.3f} for this step of {tokens.numel():,} tokens, "
+          f"{ratios[1]:.3f} for 0.5 M tokens a step")
 
 
 if __name__ == "__main__":

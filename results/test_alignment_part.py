@@ -1,4 +1,4 @@
-"""Tests of results/alignment.py and results/bench.py. Each claim was seen to fail with the code that it guards broken."""
+"""Tests of results/alignment.py and results/bench.py. Each was seen to fail with the code that it guards broken."""
 import csv
 import itertools
 import math
@@ -24,13 +24,14 @@ torch.set_num_threads(1)
 
 
 def off_center(seed=0):
-    """A model in which every factor counts: no init or scale is 1, and each raw value is its own; some α are negative."""
+    """A model in which every factor counts: no init or scale is 1, each raw value is its own, some α are negative."""
     torch.manual_seed(seed)
     model = GPT(GPTConfig(width=32, depth=2, head_dim=8, vocab_size=48, seq_len=16, alpha_init=0.3, alpha_scale=0.2,
                           qk_init=1.3, qk_scale=0.4, mlp_init=0.7, mlp_scale=0.5, logit_init=6.0, logit_scale=0.6))
     for name, p in model.named_parameters():
         if name.endswith("raw"):
-            p.data *= torch.empty_like(p).uniform_(0.5, 1.5) * (torch.rand_like(p).sub(0.3).sign() if "alpha" in name else 1)
+            p.data *= torch.empty_like(p).uniform_(0.5, 1.5)
+            p.data *= torch.rand_like(p).sub(0.3).sign() if "alpha" in name else 1
     return model
 
 
@@ -100,15 +101,15 @@ def runs(tmp_path_factory):
     (folder / "words.txt").write_text(" ".join(words)[:8000])
     prepare(folder, [Path("words.txt")], folder, progress=False)
     for width in (16, 32):
-        assert train.main([f"--width={width}", "--depth=2", "--head_dim=8", "--seq_len=16", "--batch_size=4", "--steps=6",
-                           "--base_width=16", "--base_depth=2", "--base_steps=6", "--eval_tokens=304", "--sample_tokens=0",
-                           f"--data={folder}", f"--out_dir={folder}/{width}", "--snapshot_every=4", "--device=cpu",
-                           "--dtype=float32", "--compile=False"]) == 0
+        options = dict(width=width, depth=2, head_dim=8, seq_len=16, batch_size=4, steps=6, base_width=16, base_depth=2,
+                       base_steps=6, eval_tokens=304, sample_tokens=0, data=folder, out_dir=folder / str(width),
+                       snapshot_every=4, device="cpu", dtype="float32", compile=False)
+        assert train.main([f"--{key}={value}" for key, value in options.items()]) == 0
     return folder / "16", folder / "32"
 
 
 def test_alignment_exponent_of_known_cases():
-    """1/2 where weight and input are independent, 1 where the weight has rank one along the input, between them by d_in."""
+    """1/2 where weight and input are independent, 1 where the weight has rank one along the input."""
     torch.manual_seed(0)
     d, x, u = 1024, torch.randn(50, 1024), torch.randn(300)
     assert alignment.alignment_exponent(torch.randn(300, d), x) == pytest.approx(0.5, abs=0.01)
@@ -133,15 +134,15 @@ def test_each_map_is_taken_with_its_own_input():
         h, d, m = model.embedding[tokens], model.config.width, model.config.mlp_width
         for layer, block in enumerate(model.blocks):
             attended = block.attention(h, model.rope)
-            mixed = torch.linalg.lstsq(block.attn_out, attended.flatten(0, 1).T).solution.T.view_as(h)  # W_O is square
+            mixed = attended @ torch.linalg.inv(block.attn_out)         # the input of W_O, which is square
             yield from ((layer, name, W, h) for name, W in zip(("W_q", "W_k", "W_v"), block.qkv.split(d)))
-            yield layer, "W_O", block.attn_out, mixed
+            yield layer, "W_O", block.attn_out.T, mixed
             h = norm(h + block.attn_alpha().abs() * (norm(attended) - h))
             u, nu = block.mlp_in[:m], block.mlp_in[m:]
             yield from ((layer, "W_u", u, h), (layer, "W_nu", nu, h))
             gated = F.silu(h @ nu.T * block.s_v() * math.sqrt(d)) * (h @ u.T * block.s_u())
-            yield layer, "W_oMLP", block.mlp_out, gated
-            h = norm(h + block.mlp_alpha().abs() * (norm(gated @ block.mlp_out.T) - h))
+            yield layer, "W_oMLP", block.mlp_out.T, gated
+            h = norm(h + block.mlp_alpha().abs() * (norm(gated @ block.mlp_out) - h))
         yield len(model.blocks), "E_out", model.unembedding, h
 
     with torch.no_grad():
@@ -167,30 +168,33 @@ def test_snapshots_give_the_definition_and_the_csv_the_same_report(runs, say, tm
     assert {key: float(row[key]) for key in expected} == pytest.approx(expected, rel=1e-3)
 
 
-def test_another_linear_map_in_a_block_gets_its_own_name_and_counts_as_hidden(runs, monkeypatch, say, tmp_path):
+def test_another_matrix_in_a_block_gets_its_own_name_and_counts_as_hidden(monkeypatch):
     class Gated(Block):
         def __init__(self, config):
             super().__init__(config)
-            self.gate = torch.nn.Parameter(torch.randn(config.width, config.width))
+            self.gate = torch.nn.Parameter(torch.empty(config.width, config.width))
 
         def attention(self, h, table):
             return super().attention(h, table) * torch.sigmoid(F.linear(h, 0.1 * self.gate))
 
     initial, model = (GPT(GPTConfig(width=16, depth=1, head_dim=8, vocab_size=48, seq_len=16), Gated) for _ in range(2))
-    batch = torch.randint(48, (2, 2, 16))
-    rows, _ = alignment.measure(model, initial, *batch)
-    assert [row["map"] for row in rows] == ["W_q", "W_k", "W_v", "W_O", "gate", "W_u", "W_nu", "W_oMLP", "E_out", "logits"]
-    expected = by_hand(model.blocks[0].gate, initial.blocks[0].gate, model.embedding[batch[0]], initial.embedding[batch[0]])
+    tokens, targets = torch.randint(48, (2, 2, 16))
+    rows, _ = alignment.measure(model, initial, tokens, targets)
+    assert [row["map"] for row in rows] == "W_q W_k W_v W_O gate W_u W_nu W_oMLP E_out logits".split()
+    (W, h), (W_0, h_0) = ((part.blocks[0].gate, part.embedding[tokens]) for part in (model, initial))
+    expected = by_hand(W, W_0, h, h_0)
     assert {key: rows[4][key] for key in expected} == pytest.approx(expected, rel=1e-3)
-    assert not alignment.is_hidden("gate")
-    monkeypatch.setitem(TENSOR_CLASSES, "hidden", r"blocks\.\d+\.(qkv|gate)")
-    assert alignment.is_hidden("gate")
-    for weight, said in ((lambda block: block.gate[:4], "no parameter as a whole"),
+    maps = ["blocks.0.gate", "blocks.0.W_u", "blocks.1.W_oMLP", "E_out", "logits", "adapter"]
+    assert [*map(alignment.is_hidden, maps)] == [True] * 3 + [False] * 3
+    monkeypatch.setitem(TENSOR_CLASSES, "hidden", r"blocks\.\d+\.(qkv|mlp_in)")      # the gate in a class of its own
+    assert [*map(alignment.is_hidden, maps)] == [False] + [True] * 2 + [False] * 3
+    for weight, said in ((lambda block: block.gate.T, "no parameter as a whole"),
+                         (lambda block: block.gate[:4], "no parameter as a whole"),
                          (lambda block: block.attn_out, "blocks.0.attn_out again")):
         monkeypatch.setattr(Gated, "attention", lambda self, h, table: Block.attention(self, h, table) + F.linear(
             h, weight(self)).mean(-1, keepdim=True))
         with pytest.raises(ValueError, match=said):
-            alignment.measure(model, initial, *batch)
+            alignment.measure(model, initial, tokens, targets)
 
 
 def test_slopes_are_free_of_constants_and_means_weighted_by_the_loss(tmp_path, say):
@@ -238,8 +242,8 @@ def test_pictures_are_drawn_and_bad_input_is_refused_in_a_sentence(tmp_path, say
 
 
 def test_bench_prints_both_models_and_their_ratio(say, monkeypatch):
-    options = ["--width=32", "--depth=1", "--head_dim=8", "--seq_len=16", "--vocab_size=64", "--batch_size=2", "--device=cpu",
-               "--dtype=float32", "--compile=False"]
+    options = ("--width=32 --depth=1 --head_dim=8 --seq_len=16 --vocab_size=64 --batch_size=2 --device=cpu "
+               "--dtype=float32 --compile=False").split()
     lines = say(bench, *options).splitlines()
     assert [line.split(":")[0].strip() for line in lines[1:3]] == ["normalized", "plain"]
     kept = [int(re.search(r"([\d,]+) = [\d.]+·d bytes", line)[1].replace(",", "")) for line in lines[1:3]]
