@@ -131,8 +131,9 @@ def measure_run(out_dir):
                 cells = {key: f"{cell:.5g}" if isinstance(cell, float) else str(cell) for key, cell in row.items()}
                 now = dict(step=str(snapshot["step"]), loss=f"{loss:.6f}")
                 rows.append((out_dir, dict.fromkeys(FIELDS, "") | run | now | cells))
-    except (LookupError, RuntimeError, TypeError, EOFError, json.JSONDecodeError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{out_dir} is damaged, or of another version of train.py ({type(error).__name__})") from None
+    except (OSError, LookupError, RuntimeError, TypeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(f"{out_dir} cannot be measured ({reason})") from None
     if not rows or rows[0][1]["step"] != "0":
         raise ValueError(f"{out_dir} has no snapshot of step 0; train with --snapshot_every=N")
     return rows

@@ -234,8 +234,11 @@ def test_pictures_are_drawn_and_bad_input_is_refused_in_a_sentence(tmp_path, say
     assert "No such file" in say(alignment, tmp_path / "none.csv")
     assert "none/config.json" in say(alignment, tmp_path / "none")
     shutil.copytree(runs[0], tmp_path / "run")
-    (tmp_path / "run/snapshot_00000004.pt").write_bytes(b"PK")
-    assert "run is damaged" in say(alignment, tmp_path / "run")
+    (tmp_path / "run/snapshot_00000004.pt").write_bytes((runs[0] / "snapshot_00000004.pt").read_bytes()[:5000])
+    assert "run cannot be measured" in say(alignment, tmp_path / "run")
+    (tmp_path / "run/config.json").write_text("{")
+    assert "run cannot be measured" in say(alignment, tmp_path / "run")
+    shutil.copy(runs[0] / "config.json", tmp_path / "run/config.json")
     for path in sorted((tmp_path / "run").glob("snapshot_0000000[04].pt")):
         path.unlink()
     assert "has no snapshot of step 0" in say(alignment, tmp_path / "run")
@@ -248,6 +251,10 @@ def test_bench_prints_both_models_and_their_ratio(say, monkeypatch):
     assert [line.split(":")[0].strip() for line in lines[1:3]] == ["normalized", "plain"]
     kept = [int(re.search(r"([\d,]+) = [\d.]+·d bytes", line)[1].replace(",", "")) for line in lines[1:3]]
     assert kept[0] > kept[1] > 32 * 4 * 10      # the plain block keeps more than 10 vectors of d fp32 numbers
+    calls = []
+    with monkeypatch.context() as patch:        # a clock that shows how often the function was called
+        patch.setattr(bench.time, "perf_counter", lambda: len(calls))
+        assert bench.seconds(lambda: calls.append(1), torch.device("cpu")) == 1 and len(calls) == 1 + bench.GROUP
     clock, timed = iter([0.3, 0.2, 0.01, 0.004, 0.2, 0.1, 0.005, 0.004]), []
     monkeypatch.setattr(bench, "seconds", lambda function, device: (timed.append(function), function(), next(clock))[2])
     monkeypatch.setattr(bench, "TURNS", 1)
