@@ -123,8 +123,8 @@ def parametrize(parametrization, width, depth, steps,
     numbers = {row: value(cell, **symbols) for row, cell in COLUMNS[parametrization].items()}
     mults = dict(embedding=embedding_lr_mult, hidden=hidden_lr_mult, unembedding=unembedding_lr_mult,
                  rescalers=rescalers_lr_mult)
-    lr_scale = {tensors: numbers["lr"] * numbers["lr_" + tensors] * (numbers.get(tensors + "_mult", 1) if mult == -1 else mult)
-                for tensors, mult in mults.items() if "lr_" + tensors in numbers}
+    lr_scale = {key: numbers["lr"] * numbers["lr_" + key] * (numbers.get(key + "_mult", 1) if mult == -1 else mult)
+                for key, mult in mults.items() if "lr_" + key in numbers}
     return {row: number for row, number in numbers.items() if row.endswith(("_init", "_scale", "_std"))}, lr_scale
 
 

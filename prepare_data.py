@@ -10,19 +10,8 @@ A data folder holds token files and meta.json: the tokenizer, its vocabulary siz
 of "train" and "val". Each of the two is train.bin or val.bin, or the files listed as "shards", read as one stream.
 A token file has llm.c's format: 256 little-endian int32 (magic, version, number of tokens, zeros), then the tokens.
 """
-import argparse
-import fcntl
-import gzip
-import hashlib
-import itertools
-import json
+import argparse, fcntl, functools, gzip, hashlib, itertools, json, os, shutil, sys, sysconfig, time, zlib
 import multiprocessing.pool
-import os
-import shutil
-import sys
-import sysconfig
-import time
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +44,6 @@ def sync(path):
     finally:
         os.close(descriptor)
 
-
 def write_aside(path, write):
     """Calls write(binary file). Whatever happens meanwhile, path is the old file or the whole new one, on the disk."""
     temporary = Path(f"{path}.tmp")
@@ -68,10 +56,8 @@ def write_aside(path, write):
     finally:
         temporary.unlink(missing_ok=True)
 
-
 def write_json(path, value):
     write_aside(path, lambda file: file.write(json.dumps(value, indent=1).encode() + b"\n"))
-
 
 def read_tokens(path, expected=None):
     """Tokens of a token file: a read-only memory map of uint16 or uint32, shape (tokens,). Raises ValueError if the
@@ -88,7 +74,6 @@ def read_tokens(path, expected=None):
         raise ValueError(f"{path} has {tokens:,} tokens, but meta.json says {expected:,}; make its folder again")
     return np.memmap(path, dtype=dtype, mode="r", offset=HEADER_BYTES, shape=(tokens,))
 
-
 class Stream:
     """Arrays of tokens as one: len(stream), and stream[start:stop], which may cross from an array to the next."""
     def __init__(self, arrays):
@@ -101,7 +86,6 @@ class Stream:
         first, last = np.searchsorted(self.ends, (piece.start, piece.stop - 1), side="right")
         parts = [(array, end - len(array)) for array, end in zip(self.arrays[first:last + 1], self.ends[first:])]
         return np.concatenate([array[max(0, piece.start - begin):piece.stop - begin] for array, begin in parts])
-
 
 def read_folder(folder):
     """(train Stream, val Stream, meta.json's content) of a data folder. Raises ValueError if a file is not right."""
@@ -117,6 +101,23 @@ def read_folder(folder):
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{folder}/meta.json is damaged; make {folder} again with prepare_data.py") from None
 
+@functools.lru_cache(maxsize=2)
+def epoch_starts(seed, epoch, seq_len, num_tokens):
+    """Where the windows of an epoch begin: each epoch cuts the tokens at another offset, and has another order."""
+    offset = epoch % ((num_tokens - 1) % seq_len + 1)
+    return offset + seq_len * np.random.default_rng((seed, epoch)).permutation((num_tokens - 1) // seq_len)
+
+def batch_starts(seed, step, batch_size, seq_len, num_tokens):
+    """Where the sequences of batch `step` begin: a pure function of (seed, step). Each epoch has every window once."""
+    places = [divmod(i, (num_tokens - 1) // seq_len) for i in range(step * batch_size, (step + 1) * batch_size)]
+    return [int(epoch_starts(seed, epoch, seq_len, num_tokens)[i]) for epoch, i in places]
+
+def validation_starts(num_tokens, seq_len, eval_tokens):
+    """Where the sequences of an evaluation begin: about eval_tokens tokens, spread evenly over num_tokens."""
+    windows = (num_tokens - 1) // seq_len
+    count = min(windows, max(1, eval_tokens // seq_len))
+    return [i * windows // count * seq_len for i in range(count)]
+
 
 # ---------------------------------------------------------------- the network
 
@@ -127,7 +128,6 @@ def in_time(hint, function, *args):
             return pool.apply_async(function, args).get(PATIENCE)
     except (OSError, ValueError, multiprocessing.TimeoutError) as error:
         raise ValueError(f"could not get {args[0]} ({type(error).__name__}): {hint}") from None
-
 
 def download(url, path, verify, bar):
     """Downloads url to path.part, renamed to path once verify(path.part) passes. Raises ValueError after ATTEMPTS."""
@@ -152,7 +152,6 @@ def download(url, path, verify, bar):
             trouble = f"{type(error).__name__}: {error}"
         bar.write(f"{url}: {trouble}")
     raise ValueError(f"{url} could not be downloaded ({trouble}); the same command continues")
-
 
 def fetch(base, files, out, verify):
     """Downloads those of files, {name: bytes}, that the folder out lacks. Raises ValueError if a file cannot be had."""
@@ -185,7 +184,6 @@ def get_tokenizer(name):
     return (lambda texts: encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count()),
             encoding.decode, encoding.n_vocab, encoding.eot_token)
 
-
 def text_files(source):
     """(folder, sorted paths in it) of a text or of a folder of texts. Raises ValueError if there is no text."""
     root, paths = (source, sorted(source.rglob("*"))) if source.is_dir() else (source.parent, [source])
@@ -194,13 +192,11 @@ def text_files(source):
         raise ValueError(f"{source} must be a .txt or .txt.gz file, a folder of them, fineweb_edu or shakespeare")
     return root, files
 
-
 def text_chunks(path):
     """Yields the text of a file in pieces that end at a line's end, or after 2 CHUNK characters if no line ends."""
     with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8", errors="replace") as file:
         while text := file.read(CHUNK) + file.readline(CHUNK):
             yield text
-
 
 def split_chunks(root, files):
     """Yields (split, text), with text None where a document ends. Of WHOLE_FILES or more, each goes to one split by a
@@ -217,7 +213,6 @@ def split_chunks(root, files):
                 yield "val", text[train_left:]
                 train_left = max(0, train_left - len(text))
             yield from (("train", None), ("val", None))
-
 
 def prepare(root, files, out, tokenizer="byte", progress=True):
     """meta.json's content, written to the folder out with train.bin and val.bin, from text files in the folder root.
@@ -253,14 +248,12 @@ def prepare(root, files, out, tokenizer="byte", progress=True):
         write_json(out / "meta.json", meta)
     return meta
 
-
 def prepare_stdlib(out="data/stdlib", progress=True, tokenizer="byte"):
     """meta.json's content, of data made of the source of Python's standard library without tests and packages."""
     root = Path(sysconfig.get_paths()["stdlib"])
     left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
     files = sorted(path.relative_to(root) for path in root.rglob("*.py"))
     return prepare(root, [file for file in files if not left_out & set(file.parts)], out, tokenizer, progress)
-
 
 def prepare_shakespeare(out, tokenizer):
     def verify(path):
@@ -269,7 +262,6 @@ def prepare_shakespeare(out, tokenizer):
     fetch(SHAKESPEARE, {"input.txt": 1_115_394}, out, verify)
     verify(out / "input.txt")       # also if it was there
     return prepare(out, [Path("input.txt")], out, tokenizer)
-
 
 def prepare_fineweb_edu(out, tokens):
     """meta.json's content, written to out with the validation shard and the first training shards of so many tokens."""
@@ -295,7 +287,6 @@ def prepare_fineweb_edu(out, tokens):
         print(f"bits per byte will be unknown, until this command is run again with GPT-2's vocabulary: {error}")
     write_json(out / "meta.json", meta)
     return meta
-
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -324,7 +315,6 @@ def main():
     except (ValueError, OSError, EOFError, zlib.error, KeyboardInterrupt) as error:     # EOFError, zlib: a damaged .gz
         parser.error(str(error) or "interrupted; a download goes on with the same command")
     print(f"{out}: {meta['train']['tokens']:,} tokens to train on and {meta['val']['tokens']:,} to validate on")
-
 
 if __name__ == "__main__":
     main()
