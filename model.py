@@ -46,8 +46,6 @@ class GPTConfig:
             raise ValueError(f"head_dim must be positive and even: RoPE turns pairs of channels. It is {self.head_dim}")
         if self.width < 1 or self.width % self.head_dim:
             raise ValueError(f"width must be a positive multiple of head_dim={self.head_dim}, not {self.width}")
-        if (smallest := min(self.depth, self.vocab_size, self.seq_len)) < 1:
-            raise ValueError(f"depth, vocab_size and seq_len must be at least 1, not {smallest}")
         for name in ("alpha_scale", "qk_scale", "logit_scale", "hidden_std", "unembedding_std"):
             if getattr(self, name) is None:
                 setattr(self, name, self.width ** -0.5)
@@ -57,9 +55,9 @@ class GPTConfig:
         return max(16, 16 * round(self.mlp_ratio * self.width / 16))
 
 
-def norm(x, dim=-1):
-    """Norm(x) = x / ‖x‖₂ along `dim`, in fp32 and without a trainable gain. Same shape as x."""
-    return F.normalize(x.float(), dim=dim)
+def norm(x):
+    """Norm(x) = x / ‖x‖₂ over the last dimension, in fp32 and without a trainable gain. Same shape as x."""
+    return F.normalize(x.float(), dim=-1)
 
 
 def rope_table(seq_len, head_dim):
@@ -123,9 +121,11 @@ class Block(nn.Module):
         return (F.silu(v) * u) @ self.mlp_out
 
     def forward(self, h, table):
-        # h ← Norm(h + α (Norm(block(h)) - h)): a step of a fraction |α| from h towards the block's output (LERP)
-        h = norm(torch.lerp(h, norm(self.attention(h, table)), self.attn_alpha().abs()))
-        return norm(torch.lerp(h, norm(self.mlp(h)), self.mlp_alpha().abs()))
+        # h ← Norm(h + α (Norm(block(h)) - h)): a step of a fraction |α| from h towards the block's output, written as a
+        # weighted sum, which keeps less for backward than torch.lerp
+        a_A, a_M = self.attn_alpha().abs(), self.mlp_alpha().abs()
+        h = norm(h * (1 - a_A) + norm(self.attention(h, table)) * a_A)
+        return norm(h * (1 - a_M) + norm(self.mlp(h)) * a_M)
 
 
 class GPT(nn.Module):
@@ -173,7 +173,7 @@ class GPT(nn.Module):
             weight.copy_(norm(weight))
 
     def hidden(self, tokens):
-        """Last hidden state (B, T, d), unit vectors, of tokens (B, T)."""
+        """Last hidden state (B, T, d), unit vectors, of tokens (B, T). Raises ValueError if T is more than seq_len."""
         if tokens.size(1) > self.config.seq_len:
             raise ValueError(f"{tokens.size(1)} tokens are more than the model's seq_len={self.config.seq_len}")
         h, table = F.embedding(tokens, self.embedding), self.rope[:, :tokens.size(1)]
@@ -187,11 +187,11 @@ class GPT(nn.Module):
 
     def forward(self, tokens, targets=None):
         """(logits (B, T, V), loss) of tokens (B, T), integers below V. loss: mean cross-entropy in nats a token against
-        targets (B, T), where -1 does not count; None without targets. Raises ValueError if T is more than seq_len."""
+        targets (B, T), where -1 does not count; beside it the logits carry no gradient. Without targets loss is None."""
         logits = self.unembed(self.hidden(tokens))
         if targets is None:
             return logits, None
-        return logits, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1)
+        return logits.detach(), F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1)
 
     @torch.no_grad()
     def generate(self, tokens, max_new_tokens, temperature=1.0, top_k=None):

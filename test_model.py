@@ -904,7 +904,7 @@ def test_an_extra_linear_map_is_trained_and_what_nobody_initialized_or_classed_i
         return done.stdout if done.returncode == 0 else done.stderr
     add = "        self.s_qk = Rescaler("
     mapped = (add, "        self.extra = nn.Parameter(torch.empty(d, d))\n" + add)
-    used = ("        return norm(torch.lerp(h, norm(self.mlp(h))", "        return norm(torch.lerp(h, norm(self.mlp(F.linear(h, self.extra)))")
+    used = ("norm(self.mlp(h)) * a_M", "norm(self.mlp(F.linear(h, self.extra))) * a_M")
     assert "status=finished" in first_said(mapped, used)
     vector = (add, "        self.extra = nn.Parameter(torch.empty(d))\n" + add)
     assert first_said(vector) == "train.py: nobody initialized blocks.0.extra: do it in draw_weights, model.py\n"

@@ -125,7 +125,7 @@ def check(config):
     """Leave with one sentence if a value is impossible; parametrize, GPTConfig and AdamW check the others."""
     gpus = torch.cuda.device_count()
     for keys, words, allowed in (
-            ("learning_rate alpha_init steps batch_size log_every eval_every eval_tokens checkpoint_every",
+            ("learning_rate alpha_init seq_len steps batch_size log_every eval_every eval_tokens checkpoint_every",
              "more than 0", lambda v: v > 0),
             ("micro_batch_size snapshot_every warmup_steps weight_decay seed min_lr_ratio sample_tokens",
              "at least 0", lambda v: v >= 0),
