@@ -72,7 +72,7 @@ def alignment_exponent(weight, x):
 def measure(model, initial, tokens, targets):
     """(rows, loss in nats a token) of a model on tokens and targets (B, T), in fp32. Each row {layer, map, d_in, …} is
     of a linear map y = W x: with ΔW and Δx the changes since the initial model, α of ΔW x₀, ω of W₀ Δx and ν of ΔW Δx,
-    and the RMS of ΔW, Δx, y and Δy. W is without rescalers. The last row is of logits. Raises ValueError as LinearMaps."""
+    and the RMS of ΔW, Δx, y and Δy. W is without rescalers. The last row is of logits. Raises as LinearMaps."""
     def size(x):
         return rms(x).mean().item()
 

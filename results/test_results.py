@@ -399,15 +399,18 @@ def test_bad_input_gets_one_sentence(tmp_path, say):
 def test_bench_prints_both_models_and_their_ratio(monkeypatch, say):
     line = ("results/bench.py --width=32 --depth=1 --head_dim=8 --seq_len=16 --vocab_size=64 --batch_size=2 "
             "--device=cpu --dtype=float32 --compile=False")
-    clock, calls = iter([0.3, 0.2, 0.01, 0.004, 0.2, 0.1, 0.005, 0.004]), []
-    monkeypatch.setattr(bench, "seconds", lambda function, device: (calls.append(function), function(), next(clock))[2])
-    monkeypatch.setattr(bench, "TURNS", 1)
-    lines = say(line).splitlines()
-    assert lines[0].endswith(f": {2 * 2048 ** 3 / 0.004 / 1e12:.3f} TFLOP/s") and len(calls) == 8
-    assert "normalized: step 300.00 ms, of which the update 10.00; 107 tokens/s" in lines[1] and "plain: " in lines[2]
-    kept = [int(re.search(r"([\d,]+) = [\d.]+·d bytes", line)[1].replace(",", "")) for line in lines[1:3]]
-    assert kept[0] > kept[1] > 32 * 4 * 10      # the plain block keeps more than 10 vectors of d fp32 numbers
+    calls, clock = [], iter([0.2, 0.01, 0.004, 0.1, 0.005, 0.004] * 2)
+    with monkeypatch.context() as patch:        # a clock that shows how often the function was called
+        patch.setattr(bench.time, "perf_counter", lambda: len(calls))
+        assert bench.seconds(lambda: calls.append(1), torch.device("cpu")) == 1 and len(calls) == 1 + bench.CALLS
+    monkeypatch.setattr(bench, "seconds", lambda function, device: [function(), next(clock)][1])
+    monkeypatch.setattr(bench, "TURNS", 2)
+    rate, *lines = say(line).splitlines()
+    assert rate.endswith(f": {2 * 2048 ** 3 / 0.004 / 1e12:.3f} TFLOP/s") and next(clock, None) is None
+    assert "normalized: step 210.00 ms, of which the update 10.00; 152 tokens/s" in lines[0] and "plain: " in lines[1]
+    normalized, plain = (float(re.search(r"([\d.]+)·d bytes", line)[1]) for line in lines[:2])
+    assert normalized > plain > 4 * 10      # the plain block keeps more than 10 vectors of d fp32 numbers
     parts = 2 ** 19 / 32
-    assert lines[3].startswith(f"ratio normalized/plain: 1.500 for this step of 32 tokens, "
-                               f"{(0.2 * parts + 0.01) / (0.1 * parts + 0.005):.3f} for")
-    assert "head_dim" in say(f"{line} --width=33")
+    for line, ratio in zip(lines[2:], (2, (0.2 * parts + 0.01) / (0.1 * parts + 0.005)), strict=True):
+        assert line.startswith(f"ratio normalized/plain: {ratio:.3f} for a step of")
+    assert "head_dim" in say("results/bench.py --width=33 --device=cpu")
