@@ -15,14 +15,12 @@ from model import GPT, GPTConfig, norm
 from prepare_data import prepare, read_folder
 
 torch.set_num_threads(1)
-GRID = np.arange(-8.5, -3.9, 0.5)
 RUN = {**vars(train.Config()), "parametrization": "ngpt", "width": 48, "depth": 4, "base_width": 48, "base_depth": 4,
        "base_steps": 400, "steps": 400, "embedding_lr_mult": 1, "unembedding_lr_mult": 0.5, "dtype": "float32",
        "val_loss": 2.0, "parameters": 1000, "status": "finished", "attn_alpha": 0.2, "mlp_alpha": 0.2}
 
 
 def write(path, rows):
-    """The path of a .csv that has these rows."""
     path.write_text("")
     for row in rows:
         train.append_row(path, rows[0], row)
@@ -65,8 +63,8 @@ def test_quoted_tables_are_what_the_commands_print(say, line, block):
     assert "\n" + block in "\n" + out, f"`python {line}` prints\n{out}"
 
 
-def sweep(drifts, sizes=(48, 96, 192), seeds=range(3), grid=GRID, axis="width", best=-6.0, noise=0.0, jitter=0.0,
-          shared_jitter=0.0, draw=0):
+def sweep(drifts, sizes=(48, 96, 192), seeds=range(3), grid=np.arange(-8.5, -3.9, 0.5), axis="width", best=-6.0,
+          noise=0.0, jitter=0.0, shared_jitter=0.0, draw=0):
     """Rows of a sweep: parabolas whose optimum moves by drifts[column] octaves a doubling, with noise of each run,
     of each curve's optimum (jitter) and of a seed's optima at all sizes. Only the first column has runs at the base."""
     rng, rows = np.random.default_rng(draw), []
@@ -124,7 +122,6 @@ def test_interval_covers_at_its_nominal_rate(seeds, draws, longest):
 def test_seeds_are_paired():
     """What a seed has in common at all sizes, or in two columns, cancels."""
     plain, shifted = (judge(sweep(dict(ngpt=-0.5), noise=0.002, shared_jitter=by))["ngpt"] for by in (0, 0.6))
-    assert np.ptp([x for (size, _), x in shifted.optima.items() if size == 48]) > 0.3
     assert abs(shifted.drift[0] + 0.5) < 0.1 and shifted.drift[1] < 2 * plain.drift[1]
     rows = sweep(dict(ngpt=-0.3), jitter=0.3)
     copy = judge(rows + [{**row, "parametrization": "nugpt"} for row in rows if row["width"] > 48])["nugpt"]
@@ -141,13 +138,12 @@ def test_base_runs_count_for_every_column_with_the_same_options():
         assert list(judge(other)["nugpt"].curves) == [96, 192] and list(judge(other)["ngpt"].curves) == [48, 96, 192]
 
 
-@pytest.mark.parametrize("run_as, other, shift", [("nugpt", "ngpt", -1 / 3), ("ngpt", "nugpt", 1 / 3)])
-def test_over_steps_columns_differ_by_a_shift(run_as, other, shift):
-    rows = sweep({run_as: -0.05}, sizes=(400, 800, 1600), axis="steps")
-    verdicts = judge(rows)
-    assert verdicts[run_as].drift[0] == pytest.approx(-0.05, abs=1e-3)
-    assert verdicts[other].drift[0] == pytest.approx(-0.05 + shift, abs=1e-3)
-    assert list(judge([{**row, "base_width": 96} for row in rows])) == [run_as]     # not off the base width
+def test_over_steps_columns_differ_by_a_shift():
+    for run_as, other, shift in (("nugpt", "ngpt", -1 / 3), ("ngpt", "nugpt", 1 / 3)):
+        rows = sweep({run_as: -0.05}, sizes=(400, 800, 1600), axis="steps")
+        drifts = [judge(rows)[name].drift[0] for name in (run_as, other)]
+        assert drifts == pytest.approx([-0.05, -0.05 + shift], abs=1e-3)
+        assert list(judge([{**row, "base_width": 96} for row in rows])) == [run_as]     # not off the base width
 
 
 def test_narrow_grids_are_said_and_bound_the_regret():
@@ -160,8 +156,7 @@ def test_narrow_grids_are_said_and_bound_the_regret():
     judged = judge(rows)["ngpt"]     # the optima are -5, -6, -7, -8; the widest's grid ends at -7
     assert judged.curves[384].regret == pytest.approx(0.03, abs=1e-6) and judged.curves[384].bound
     assert judged.regret == pytest.approx(0.12, abs=1e-6) and judged.bound and "> 0.1200" in text_of(rows)
-    # a third seed ran at one η only: that is said, and does not move the best
-    rows = sweep(dict(ngpt=0.0), seeds=[0, 1])
+    rows = sweep(dict(ngpt=0.0), seeds=[0, 1])      # a third seed at one η only is said, and does not move the best
     rows += [{**row, "seed": 2, "val_loss": 1.0} for row in rows if (row["seed"], row["learning_rate"]) == (0, 2 ** -7)]
     curve = judge(rows)["ngpt"].curves[96]
     assert curve.x[curve.best] == -6 and curve.complete == [0, 1] and curve.grid == "add 2^-6.5 2^-6 2^-5.5 2^-5"
@@ -190,10 +185,9 @@ def test_one_tensor_class_at_a_time():
         off = [shifts[other] - drifts[other] * math.log2(width / 48) for other in drifts]
         rows.append({**RUN, "parametrization": "nugpt", "width": width, "seed": seed,
                      "embedding_lr_mult": 2.0 ** shifts["embedding"],
-                     "unembedding_lr_mult": 0.5 * 2.0 ** shifts["unembedding"],
+                     "unembedding_lr_mult": 2.0 ** shifts["unembedding"] / 2,
                      "val_loss": 2 + 0.1 * seed + 0.03 * np.dot(off, off)})
     verdicts = judge(rows)
-    assert list(verdicts) == list(drifts)
     for name, power in dict(embedding=-0.5, unembedding=-0.75).items():
         assert verdicts[name].drift == pytest.approx((drifts[name], 0), abs=1e-6)
         assert verdicts[name].powers == pytest.approx({name: power})
@@ -235,9 +229,8 @@ def test_search_report(tmp_path, say):
     assert "scatters of a seed" in show.report_search(ranked, scatter, keys)
 
 
-def test_the_last_row_of_a_run_counts(tmp_path, say):
+def test_the_last_row_of_a_run_counts_and_a_missing_column_is_the_default(tmp_path, say):
     rows = sweep(dict(ngpt=-0.5, mup=0.2, nugpt=0.0), noise=0.002)
-    # whatever its free options; a missing column is the option's default
     rows = [{**rows[0], "val_loss": 99, "log_every": 1}, *rows, {**rows[-1], "dtype": "bfloat16"},
             {**rows[0], "learning_rate": 2.0 ** -3, "val_loss": 0.5, "status": "diverged"}]
     path = write(tmp_path / "a.csv", [{key: row[key] for key in row if key != "beta1"} for row in rows])
@@ -247,8 +240,7 @@ def test_the_last_row_of_a_run_counts(tmp_path, say):
 
 
 def test_without_matplotlib_the_tables_are_printed(capsys, monkeypatch, say):
-    for module in ("matplotlib", "matplotlib.figure"):
-        monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     importlib.reload(show)
     for line in ("verdict.py results/laptop.csv", "alignment.py results/coordinates.csv"):
         assert say(f"results/{line} --plot=x.png").endswith(".py: the picture needs matplotlib: pip install matplotlib")
@@ -282,7 +274,7 @@ def test_alignment_exponent_of_known_cases():
     d, x, u = 1024, torch.randn(50, 1024), torch.randn(300)
     assert alignment.alignment_exponent(torch.randn(300, d), x) == pytest.approx(0.5, abs=0.01)
     quarter = torch.outer(u, x[0]) * (torch.arange(d) < 256)    # rank one along a quarter of the input
-    alpha = 1 + math.log((x[0, :256].square().sum() / x[0].square().sum()).sqrt(), d)
+    alpha = 1 + math.log(x[0, :256].norm() / x[0].norm(), d)
     x[1] = x[0] * (torch.arange(d) >= 256)      # a token that the weight does not see does not count
     x[2] = 0                                    # nor does one that has not moved
     assert alignment.alignment_exponent(3 * quarter, 5 * x[:3]) == pytest.approx(alpha, abs=1e-5)
@@ -315,8 +307,7 @@ def test_each_map_is_taken_with_its_own_input():
         z, dz = model(tokens)[0], model(tokens)[0] - initial(tokens)[0]
     logits = dict(layer=2, map="logits", rms_y=rms(z).mean().item(), rms_dy=rms(dz).mean().item())
     assert len(rows) == 2 * 7 + 3 and rows[-1] == pytest.approx(logits)
-    hidden = [alignment.is_hidden(name) for name in ("blocks.0.gate", "blocks.1.W_oMLP", "E_out", "adapter")]
-    assert hidden == [True, True, False, False]
+    assert alignment.is_hidden("blocks.0.gate") and not alignment.is_hidden("adapter")
     model.unembed = lambda h: GPT.unembed(model, F.linear(h, torch.cat((model.adapter[:16], model.adapter[16:]))))
     with pytest.raises(ValueError, match="no parameter as a whole"):
         alignment.measure(model, initial, tokens, targets)
@@ -334,7 +325,7 @@ def test_snapshots_give_the_definition_and_the_csv_the_same_report(tmp_path, say
     report = say(f"{line} --csv={tmp_path}/a.csv")
     assert say(f"results/alignment.py {tmp_path}/a.csv") == report and "slope over widths" in report
     rows = [row for _, row in alignment.read_csv(tmp_path / "a.csv")]
-    assert [*rows[0]] == alignment.FIELDS and [int(row["step"]) for row in rows[::16]] == 2 * [0, 1, 2, 4, 6]
+    assert [row["step"] for row in rows[::16]] == 2 * ["0", "1", "2", "4", "6"]
     row = next(row for row in rows if (row["width"], row["step"], row["layer"], row["map"]) == ("32", "6", "0", "W_q"))
     val = read_folder(tmp_path)[1]      # small: all of it is measured
     tokens = torch.from_numpy(val[0:(len(val) - 1) // 16 * 16].astype(int)).view(-1, 16)
@@ -344,8 +335,7 @@ def test_snapshots_give_the_definition_and_the_csv_the_same_report(tmp_path, say
     assert {key: float(row[key]) for key in expected} == pytest.approx(expected, rel=1e-3)
     (tmp_path / "16/snapshot_00000004.pt").write_bytes(b"PK")
     assert "16 cannot be measured" in say(line)
-    for step in (0, 4):
-        (tmp_path / f"16/snapshot_0000000{step}.pt").unlink()
+    (tmp_path / "16/snapshot_00000000.pt").unlink()
     assert "has no snapshot of step 0" in say(line)
 
 
@@ -365,8 +355,7 @@ def test_slopes_are_free_of_constants_and_powers_are_of_the_width(tmp_path, say)
     path = write(tmp_path / "a.csv", measurements("nugpt"))
     text = say(f"results/alignment.py {path} --plot={tmp_path}/a.png").splitlines()
     assert text[6].split()[2:] == ["0.80", "±", "0.00"] * 6 and text[7].split()[2:] == ["0.60", "±", "0.00"] * 6
-    # 3 nats were won by step 1, 1 nat from there to step 10: 0.75 · 0.8 + 0.25 · 0.6
-    assert text[8].split()[3:] == ["0.75", "±", "0.00"] * 6
+    assert text[8].split()[3:] == ["0.75", "±", "0.00"] * 6     # 3 nats were won by step 1, 1 nat by step 10
     logs = [math.log(48), math.log(120)]    # a class's exponent is its mean logarithm over that of d_in
     assert text[1].split()[3] == f"{0.75 + math.log(3) / np.mean(logs):.2f}"
     text = say(f"results/alignment.py {write(path, measurements('nugpt', 'ngpt'))} --plot={tmp_path}/b.png")
@@ -392,17 +381,14 @@ def test_bad_input_gets_one_sentence(tmp_path, say):
         for words, table in bad.items():
             assert words in say(f"results/{line} {write(tmp_path / 'a.csv', table)}")
     for words, line in {"No such file": "verdict.py none.csv", "--axis": "verdict.py none.csv --axis=height",
-                        "none has no snapshot": "alignment.py none", "--plott": "alignment.py a --plott=a.png"}.items():
+                        "--plott": "alignment.py a --plott=a.png", "head_dim": "bench.py --width=33"}.items():
         assert words in say(f"results/{line}")
 
 
 def test_bench_prints_both_models_and_their_ratio(monkeypatch, say):
     line = ("results/bench.py --width=32 --depth=1 --head_dim=8 --seq_len=16 --vocab_size=64 --batch_size=2 "
             "--device=cpu --dtype=float32 --compile=False")
-    calls, clock = [], iter([0.2, 0.01, 0.004, 0.1, 0.005, 0.004] * 2)
-    with monkeypatch.context() as patch:        # a clock that shows how often the function was called
-        patch.setattr(bench.time, "perf_counter", lambda: len(calls))
-        assert bench.seconds(lambda: calls.append(1), torch.device("cpu")) == 1 and len(calls) == 1 + bench.CALLS
+    clock = iter([0.2, 0.01, 0.004, 0.1, 0.005, 0.004] * 2)
     monkeypatch.setattr(bench, "seconds", lambda function, device: [function(), next(clock)][1])
     monkeypatch.setattr(bench, "TURNS", 2)
     rate, *lines = say(line).splitlines()
@@ -410,7 +396,5 @@ def test_bench_prints_both_models_and_their_ratio(monkeypatch, say):
     assert "normalized: step 210.00 ms, of which the update 10.00; 152 tokens/s" in lines[0] and "plain: " in lines[1]
     normalized, plain = (float(re.search(r"([\d.]+)·d bytes", line)[1]) for line in lines[:2])
     assert normalized > plain > 4 * 10      # the plain block keeps more than 10 vectors of d fp32 numbers
-    parts = 2 ** 19 / 32
-    for line, ratio in zip(lines[2:], (2, (0.2 * parts + 0.01) / (0.1 * parts + 0.005)), strict=True):
+    for line, ratio in zip(lines[2:], (2, (0.2 * 2 ** 14 + 0.01) / (0.1 * 2 ** 14 + 0.005)), strict=True):
         assert line.startswith(f"ratio normalized/plain: {ratio:.3f} for a step of")
-    assert "head_dim" in say("results/bench.py --width=33 --device=cpu")
