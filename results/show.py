@@ -1,11 +1,12 @@
-"""
-Tables and pictures of what results/verdict.py found.
-"""
+"""Tables and pictures of what results/verdict.py and results/alignment.py found."""
 import math
 
 import numpy as np
 
 from parametrize import COLUMNS, TENSOR_CLASSES
+
+EXPONENTS = [f"{tensors} {exponent}" for tensors in ("hidden", "unembedding") for exponent in "αων"]
+CHANGES = ["weights of blocks, |ΔW| / |W|", "last hidden state, |Δh|", "logits, RMS of Δz"]
 
 
 def table(*rows):
@@ -85,15 +86,53 @@ def report_search(ranked, scatter, keys):
                       " ".join(f"--{key}={value:.4g}" for key, value in zip(keys, chosen))))
 
 
-def figure_of(count, sharex):
-    """A figure and its `count` panels, in two rows from four on. Raises ValueError without matplotlib."""
+def report_alignment(name, runs):
+    """The exponents of a column as text: loss-weighted at each width, and as slopes over widths, free of constants."""
+    def cells(mean, half):
+        return ("-" if math.isnan(x) else f"{x:.2f}" + f" ± {h:.2f}" * bool(h == h) for x, h in zip(mean, half))
+
+    near = {min(runs.steps, key=lambda step: abs(math.log(step / x))) for x in np.geomspace(1, runs.steps[-1], 6)}
+    slopes = dict(zip([*runs.steps, "all, loss-weighted"], zip(*runs.mean_slopes)))
+    return "\n".join((
+        table(("column", "width", "seeds", *EXPONENTS), *(
+            (name, str(width), str(len(runs.exponents)), *cells(mean, half))
+            for width, mean, half in zip(runs.widths, *runs.mean_exponents))),
+        table(("slope over widths", "after step", *EXPONENTS), *(
+            (name, str(step), *cells(*slopes[step])) for step in [*sorted(near), "all, loss-weighted"])),
+        "1/2: not aligned, 1: fully. α: weight changes with initial inputs, ω: initial weights with input changes,\n"
+        "ν: both changes. Above: means over training, weighted by the decrease of the loss. Below: slopes of\n"
+        "log RMS(W x) / (RMS(W) RMS(x)) over log width.\n"))
+
+
+def steps_to_check(steps):
+    """The steps nearest to 1, 10, 100, …, with their places in steps."""
+    near = {min(steps, key=lambda step: abs(step - 10 ** i)) for i in range(1 + round(math.log10(steps[-1])))}
+    return [(steps.index(step), step) for step in sorted(near)]
+
+
+def report_coordinates(columns):
+    """The power of the width in each change, as text. Raises ValueError if a column has one width only."""
+    if single := [name for name, runs in columns.items() if len(runs.widths) == 1]:
+        raise ValueError(f"the coordinate check needs more than one width of {' and '.join(single)}")
+    return table(("power of width in", "after step", *CHANGES), *(
+        (name, str(step), *(f"{power:+.2f}" for power in runs.powers[i]))
+        for name, runs in columns.items() for i, step in steps_to_check(runs.steps)))
+
+
+def new_figure(width, height, dpi):
+    """A figure of so many inches. Raises ValueError without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError("the picture needs matplotlib: pip install matplotlib") from None
+    return Figure(figsize=(width, height), dpi=dpi, layout="constrained")
+
+
+def figure_of(count, sharex):
+    """A figure and its `count` panels, in two rows from four on."""
     down = 1 + (count > 3)
     across = math.ceil(count / down)
-    figure = Figure(figsize=(4.6 * across, 4.4 * down), dpi=120, layout="constrained")
+    figure = new_figure(4.6 * across, 4.4 * down, dpi=120)
     panels = figure.subplots(down, across, sharex=sharex, sharey=True, squeeze=False).ravel()
     for panel in panels[count:]:
         panel.remove()
@@ -145,4 +184,38 @@ def draw(axis, verdicts, path):
         panels[0].set_ylim(near.min() - 0.05 * np.ptp(near) - 1e-3, near.max() + 0.05 * np.ptp(near) + 1e-3)
     fullest = max(panels, key=lambda panel: len(panel.get_legend_handles_labels()[1]))
     fullest.legend(title=axis, fontsize=13, title_fontsize=13)
+    figure.savefig(path)
+
+
+def draw_alignment(name, runs, path):
+    """Draws exponents at the largest width, and slopes over widths, against steps; bands from seed to seed."""
+    figure = new_figure(8, 3.8, dpi=150)
+    panels = figure.subplots(1, 2, sharey=True)
+    titles = f"{name}, width {runs.widths[-1]}", "slope over widths"
+    for panel, title, values in zip(panels, titles, (runs.exponents[:, -1, :-1], runs.slopes[:, :-1])):
+        for i, label in enumerate(EXPONENTS):
+            color, y = ("C3", "C0", "C2")[i % 3], values[..., i]        # (seeds, S)
+            panel.semilogx(runs.steps, y.mean(0), "o-" if i < 3 else "s:", color=color, ms=3, label=label)
+            panel.fill_between(runs.steps, y.min(0), y.max(0), color=color, alpha=0.15, lw=0)
+        panel.set(title=title, xlabel="step", ylabel="alignment exponent", ylim=(0.4, 1.05))
+        panel.grid(axis="y", ls=":")
+        panel.label_outer()
+    panels[0].legend(fontsize=7)
+    figure.savefig(path)
+
+
+def draw_coordinates(columns, path):
+    """Draws a panel for each change and column: the change against width, a line a step."""
+    figure = new_figure(2.3 * len(columns), 6.5, dpi=150)
+    panels = figure.subplots(len(CHANGES), len(columns), sharex=True, sharey="row")
+    for (name, runs), below in zip(columns.items(), panels.T):
+        below[0].set_title(name, fontsize=10)
+        for panel, label, change in zip(below, CHANGES, runs.changes.T):        # change (S, W)
+            for i, step in steps_to_check(runs.steps):
+                panel.loglog(runs.widths, change[i], "o-", ms=3, label=f"step {step}")
+            panel.set_xticks(runs.widths, runs.widths)
+            panel.minorticks_off()
+            panel.set(xlabel="width", ylabel=label)
+            panel.label_outer()
+    panels[0, 0].legend(fontsize=7)
     figure.savefig(path)
