@@ -1,65 +1,55 @@
 """
 Tests of all that can be tested without a network or a GPU: `python -m pytest`, about two minutes on two CPU cores.
 
-Every test states one claim, and was seen to fail with the code it guards broken. Sizes are tiny, since a wrong factor or axis
-is as wrong at width 32 as at 4096. Sections are those of νGPT (arXiv:2604.27077).
+Every test states one claim, and was seen to fail with the code it guards broken. Sizes are tiny, since a wrong factor
+or axis is as wrong at width 32 as at 4096. Sections are those of νGPT (arXiv:2604.27077).
 """
-import contextlib
-import csv
-import fcntl
-import gzip
-import hashlib
-import http.server
-import io
-import itertools
-import json
-import math
-import multiprocessing
-import os
-import re
-import resource
-import shutil
-import signal
-import socket
-import subprocess
-import sys
-import threading
-import time
+import csv, gzip, hashlib, http.server, io, itertools, json, math, multiprocessing, os, re, resource, runpy, shutil
+import signal, socket, subprocess, sys, threading, time
 from dataclasses import fields
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import tiktoken
 import torch
 
-import model as model_py
 import parametrize as parametrize_py
 import prepare_data
 import train
-from model import GPT, GPTConfig, PlainGPT, norm, rope, rope_table
+from model import GPT, GPTConfig, PlainGPT
 from parametrize import COLUMNS, param_groups, parametrize, value
 from prepare_data import read_folder, read_tokens
 
 HERE = Path(train.__file__).parent
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", HERE / "train.py")
 NORMALIZED = [name for name, rows in COLUMNS.items() if "alpha_init" in rows]           # columns for GPT
+VAL, *TRAIN = SHARDS = ["edu_fineweb_val_000000.bin", *(f"edu_fineweb_train_{i:06d}.bin" for i in range(1, 5))]
 torch.set_num_threads(1)        # as in the subprocesses below, so that sums are taken in the same order
 
 
 # ---------------------------------------------------------------- helpers
 
-def small(seed=0, **changes):
+def small(seed=0, kind=GPT, **changes):
     torch.manual_seed(seed)
-    return GPT(GPTConfig(**{**dict(width=32, depth=2, head_dim=8, vocab_size=48, seq_len=16), **changes}))
+    return kind(GPTConfig(**{**dict(width=32, depth=2, head_dim=8, vocab_size=48, seq_len=16), **changes}))
+
+
+def untrained():
+    """The model with which a run of `options` begins."""
+    return small(vocab_size=256, **parametrize("nugpt", 32, 2, 8, 16, 1, 4)[0])
 
 
 def off_center(seed=0):
-    """A model in which every factor counts: no init or scale is 1, and each raw value is its own; some α are negative."""
-    model = small(seed, alpha_init=0.3, alpha_scale=0.2, qk_init=1.3, qk_scale=0.4, mlp_init=0.7, mlp_scale=0.5, logit_init=6.0,
-                  logit_scale=0.6)
+    """A model in which every factor counts: no init or scale is 1, raw values differ, and some α are negative."""
+    model = small(seed, alpha_init=0.3, alpha_scale=0.2, qk_init=1.3, qk_scale=0.4, mlp_init=0.7, mlp_scale=0.5,
+                  logit_init=6.0, logit_scale=0.6)
     for name, p in model.named_parameters():
         if name.endswith("raw"):
-            p.data *= torch.empty_like(p).uniform_(0.5, 1.5) * (torch.rand_like(p).sub(0.3).sign() if "alpha" in name else 1)
+            p.data *= torch.empty_like(p).uniform_(0.5, 1.5)
+        if "alpha" in name:
+            p.data *= torch.rand_like(p).sub(0.3).sign()
     return model
 
 
@@ -67,20 +57,8 @@ def batch(seed=0, rows=2, length=16):
     return torch.randint(48, (2, rows, length), generator=torch.Generator().manual_seed(seed))      # tokens, targets
 
 
-def trained(column, times=1, steps=3):
-    """(losses, model) after a few steps of a column of the table on a model of `times` the base's width, depth and steps."""
-    rescalers, lr_scale = parametrize(column, 32 * times, 2 * times, 10 * times, 32, 2, 10, unembedding_lr_mult=0.5)
-    model, losses = small(width=32 * times, depth=2 * times, **rescalers), []
-    adam = torch.optim.Adam(param_groups(model, lr_scale), betas=(0.9, 0.95), eps=1e-16)
-    for step in range(steps):
-        for group in adam.param_groups:
-            group["lr"] = group["lr_scale"] * 0.02
-        losses.append(model(*batch(step))[1])
-        losses[-1].backward()
-        adam.step()
-        adam.zero_grad()
-        model.normalize_weights()
-    return [loss.item() for loss in losses], model
+def tensor_class(name):
+    return "rescalers" if name.endswith("raw") else "hidden" if "blocks" in name else name
 
 
 def gradients(model, forward, tokens, targets):
@@ -100,23 +78,32 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     words = np.random.default_rng(0).choice("norm sphere rescaler alpha residual width depth head".split(), 2000)
     (folder / "words.txt").write_text(" ".join(words)[:8000])
-    prepare_data.prepare(folder, [Path("words.txt")], folder, progress=False)
+    assert prepared(folder, folder / "words.txt") is None
     return folder
 
 
 def options(data, out_dir, **changes):
     """Options of a run of 8 steps of 4 sequences that takes a fraction of a second, at twice the base size."""
-    tiny = dict(width=32, depth=2, head_dim=8, seq_len=16, steps=8, batch_size=4, base_width=16, base_depth=1, base_steps=4,
-                data=data, out_dir=out_dir, device="cpu", dtype="float32", compile=False, log_every=1, eval_every=4,
-                eval_tokens=304, checkpoint_every=4, sample_tokens=0)
+    tiny = dict(width=32, depth=2, head_dim=8, seq_len=16, steps=8, batch_size=4, base_width=16, base_depth=1,
+                base_steps=4, data=data, out_dir=out_dir, device="cpu", dtype="float32", compile=False, log_every=1,
+                eval_every=4, eval_tokens=304, checkpoint_every=4, sample_tokens=0)
     return [f"--{key}={value}" for key, value in {**tiny, **changes}.items()]
 
 
 def run(*argv):
     """train.py in this process. Returns its exit code, or the sentence with which it refuses."""
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
+    with pytest.raises(SystemExit) as end:
         sys.exit(train.main(list(argv)))
     return end.value.code or 0
+
+
+def prepared(out, *argv):
+    """`python prepare_data.py … --out=out` in this process. Returns None, or the sentence with which it refuses."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(sys, "argv", ["prepare_data.py", *map(str, argv), f"--out={out}"])
+        sys.exit(prepare_data.main())
+    assert "\n" not in (end.value.code or "")
+    return end.value.code
 
 
 def process(*argv, preexec_fn=None, **env):
@@ -125,7 +112,7 @@ def process(*argv, preexec_fn=None, **env):
 
 
 def start(*argv, before=lambda step: None, rank=0, ranks=1, port=0):
-    """train.py in a process of its own, forked lest it import PyTorch again. It calls before(step) at the start of each step."""
+    """train.py in a forked process, which need not import PyTorch again. Calls before(step) as each step starts."""
     def main():
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         train.rank, train.local_rank, train.world_size, starts = rank, rank, ranks, train.batch_starts
@@ -139,7 +126,7 @@ def start(*argv, before=lambda step: None, rank=0, ranks=1, port=0):
 def outcome(started):
     """Exit code of a process from `start`: minus the signal's number if one ended it."""
     started.join(60)
-    started.kill()                                                                                  # if it hangs
+    started.kill()      # if it hangs
     started.join()
     return started.exitcode
 
@@ -147,6 +134,23 @@ def outcome(started):
 def send(number, at):
     """For `start`: the process gets this signal in step `at`."""
     return lambda step: os.kill(os.getpid(), number) if step == at else None
+
+
+def signaled(number, at, *argv):
+    """Exit code of train.py in a process that gets this signal in step `at`."""
+    return outcome(start(*argv, before=send(number, at)))
+
+
+def fork(folder, file, *edits):
+    """train.py in a folder with the scripts, in one of which text is replaced, as a user would: (before, after), …"""
+    for name in ("train.py", "model.py", "parametrize.py", "prepare_data.py"):
+        shutil.copy(HERE / name, folder)
+    text = (folder / file).read_text()
+    for before, after in edits:
+        assert before in text
+        text = text.replace(before, after, 1)
+    (folder / file).write_text(text)
+    return folder / "train.py"
 
 
 def read_csv(path):
@@ -167,7 +171,7 @@ def checkpoint(out_dir):
 
 
 def assert_same_run(one, other):
-    """Every bit of the weights, of Adam's state and of the log is the same, and nothing but the three files was left."""
+    """The weights, Adam's state and the log are the same to the bit, and only the three files were left."""
     assert log(one) == log(other) and len(log(one)) > 0
     a, b = checkpoint(one), checkpoint(other)
     for tensors in (lambda c: c["model"], lambda c: c["optimizer"]["state"]):
@@ -179,105 +183,93 @@ def assert_same_run(one, other):
 
 # ---------------------------------------------------------------- model.py
 
-@pytest.mark.parametrize("steps", (0, 3))
-def test_weights_are_stacks_of_unit_vectors_of_the_hidden_states_length(steps):
-    for name, weight in trained("nugpt", steps=steps)[1].named_parameters():
+def test_weights_are_stacks_of_unit_vectors_of_the_hidden_states_length(data, tmp_path):
+    assert run(*options(data, tmp_path)) == 0
+    for name, weight in (*untrained().state_dict().items(), *checkpoint(tmp_path)["model"].items()):
         if not name.endswith("raw"):
             assert weight.size(1) == 32
             torch.testing.assert_close(weight.norm(dim=1), torch.ones(len(weight)))
 
 
-def test_hidden_states_have_unit_norm_after_every_block():
-    model, states = off_center(), []
-    for block in model.blocks:
-        block.register_forward_hook(lambda block, args, h: states.extend((args[0], h)))
-    model(batch()[0])
-    assert len(states) == 4
-    for h in states:
-        torch.testing.assert_close(h.norm(dim=-1), torch.ones(2, 16))
+def unit(y):
+    return y / (y * y).sum(-1, keepdim=True).sqrt()
+
+
+def heads_by_the_book(h, qkv, D, scale, after_rope):
+    """Causal attention, head by head. after_rope(x, i): what becomes of the turned queries and keys of head i."""
+    (_, T, d), heads = h.shape, []
+    angles = torch.arange(T).double()[:, None] / 10000 ** (torch.arange(0, D, 2).double() / D)
+    turn = torch.polar(torch.ones_like(angles), angles)             # of channels i and i + D/2 as a complex number
+    for i in range(d // D):
+        q, k, v = (h @ qkv[j * d + i * D:j * d + (i + 1) * D].T for j in range(3))
+        q, k = (torch.view_as_real(torch.complex(*x.chunk(2, -1)) * turn).mT.flatten(-2) for x in (q, k))
+        scores = scale * after_rope(q, i) @ after_rope(k, i).mT
+        heads.append(scores.masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf).softmax(-1) @ v)
+    return torch.cat(heads, -1)
 
 
 def by_the_book(model, tokens):
-    """Logits by the equations of section 2, in fp64, head by head. Only the weights and sizes come from model.py."""
+    """Logits by the equations of section 2, in fp64. Only the weights and sizes come from model.py."""
     w, c = {name: p.double() for name, p in model.state_dict().items()}, model.config
-    d, D, T = c.width, c.head_dim, tokens.size(1)
-    Norm = lambda y: y / (y * y).sum(-1, keepdim=True).sqrt()                                       # noqa: E731
-    angles = torch.arange(T).double()[:, None] / 10000 ** (torch.arange(0, D, 2).double() / D)
-    turn = torch.polar(torch.ones_like(angles), angles)
-    RoPE = lambda x: torch.view_as_real(torch.complex(*x.chunk(2, -1)) * turn).transpose(-1, -2).flatten(-2)     # noqa: E731
-    h = w["embedding"][tokens]
+    d, D, h = c.width, c.head_dim, w["embedding"][tokens]
     for layer in range(c.depth):
-        p = f"blocks.{layer}."
-        alpha_A, alpha_M = (abs(w[p + name] * c.alpha_init / c.alpha_scale) for name in ("attn_alpha.raw", "mlp_alpha.raw"))
-        s_u, s_nu = (w[p + name] * c.mlp_init / c.mlp_scale for name in ("s_u.raw", "s_v.raw"))
-        heads = []
-        for i in range(d // D):
-            s_qk = w[p + "s_qk.raw"][i] * c.qk_init / c.qk_scale
-            W_q, W_k, W_v = (w[p + "qkv"][j * d + i * D:j * d + (i + 1) * D] for j in range(3))
-            q, k = Norm(RoPE(h @ W_q.T)) * s_qk, Norm(RoPE(h @ W_k.T)) * s_qk
-            scores = (math.sqrt(D) * q @ k.transpose(1, 2)).masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf)
-            heads.append(scores.softmax(-1) @ h @ W_v.T)
-        h = Norm(h + alpha_A * (Norm(torch.cat(heads, -1) @ w[p + "attn_out"]) - h))
-        W_u, W_nu = w[p + "mlp_in"].chunk(2)
+        block = {name: w[f"blocks.{layer}.{name}"] for name in ("qkv", "attn_out", "mlp_in", "mlp_out")}
+        s_qk, s_u, s_nu, alpha_A, alpha_M = (
+            w[f"blocks.{layer}.{name}.raw"] * getattr(c, kind + "_init") / getattr(c, kind + "_scale") for name, kind in
+            (("s_qk", "qk"), ("s_u", "mlp"), ("s_v", "mlp"), ("attn_alpha", "alpha"), ("mlp_alpha", "alpha")))
+        y = heads_by_the_book(h, block["qkv"], D, math.sqrt(D), lambda x, i: unit(x) * s_qk[i]) @ block["attn_out"]
+        h = unit(h + abs(alpha_A) * (unit(y) - h))
+        W_u, W_nu = block["mlp_in"].chunk(2)
         u, nu = h @ W_u.T * s_u, h @ W_nu.T * s_nu * math.sqrt(d)
-        h = Norm(h + alpha_M * (Norm(nu / (1 + torch.exp(-nu)) * u @ w[p + "mlp_out"]) - h))
+        h = unit(h + abs(alpha_M) * (unit(nu / (1 + torch.exp(-nu)) * u @ block["mlp_out"]) - h))
     return h @ w["unembedding"].T * (w["s_z.raw"] * c.logit_init / c.logit_scale)
 
 
-def test_model_is_the_equations():
-    model, (tokens, targets) = off_center(), batch()
-    targets[0, 3:9] = -1                                                                            # does not count
+def plain_by_the_book(model, tokens):
+    """Logits of the opponent: h += attention(RMSNorm(h)), h += MLP(RMSNorm(h)), softmax scale 1/√D."""
+    w, c = {name: p.double() for name, p in model.state_dict().items()}, model.config
+    rms, h = lambda x: unit(x) * math.sqrt(c.width), w["embedding"][tokens]
+    for i in range(c.depth):
+        qkv, out, mlp_in, mlp_out = (w[f"blocks.{i}.{name}"] for name in ("qkv", "attn_out", "mlp_in", "mlp_out"))
+        h = h + heads_by_the_book(rms(h), qkv, c.head_dim, c.head_dim ** -0.5, lambda x, i: x) @ out
+        u, v = (rms(h) @ mlp_in.T).chunk(2, -1)
+        h = h + (u * v / (1 + torch.exp(-v))) @ mlp_out
+    return rms(h) @ w["unembedding"].T
+
+
+def plain():
+    return small(kind=PlainGPT, embedding_std=0.8, hidden_std=0.3, unembedding_std=0.4)
+
+
+@pytest.mark.parametrize("make, equations", ((off_center, by_the_book), (plain, plain_by_the_book)))
+def test_model_is_the_equations(make, equations):
+    model, (tokens, targets) = make(), batch()
+    targets[0, 3:9] = -1                                                    # does not count
     logits, loss = model(tokens, targets)
-    book = by_the_book(model, tokens)
-    fp32 = 50 * 2 ** -24 * book.abs().max().item()                                                  # tens of roundings
+    book = equations(model, tokens)
+    fp32 = 50 * 2 ** -24 * book.abs().max().item()                          # tens of roundings
     torch.testing.assert_close(logits.double(), book, rtol=0, atol=fp32)
     likelihood = book.log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
     torch.testing.assert_close(loss.double(), -likelihood[targets >= 0].mean(), rtol=1e-5, atol=0)
     assert model(tokens)[1] is None
 
 
-def test_attention_scores_depend_on_distance_alone(monkeypatch):
-    """Exact while s_qk is the same for both channels that RoPE turns as a pair, as at initialization: s_qk multiplies after
-    the turn, and the published method has one value for each channel."""
-    model, seen = small(), []
-    monkeypatch.setattr(model_py.F, "scaled_dot_product_attention", lambda q, k, v, **_: seen.extend((q, k)) or v)
-    h = norm(torch.randn(32)).expand(1, 16, 32)                                     # the same vector at every position
-    model.blocks[0].attention(h, model.rope)
-    scores = (seen[0] @ seen[1].transpose(-1, -2))[0]                               # (H, T, T)
-    torch.testing.assert_close(scores[:, 1:, 1:], scores[:, :-1, :-1])              # s(t + 1, t' + 1) = s(t, t')
-    assert (scores[:, 8, 8] - scores[:, 8, 4]).abs().min() > 1e-3                   # and they do depend on distance
-    x = torch.randn(16, 8)
-    torch.testing.assert_close(rope(x, rope_table(16, 8)).norm(dim=-1), x.norm(dim=-1))
+def test_plain_model_starts_with_the_standard_deviations_given():
+    stds = dict(embedding=0.8, unembedding=0.4, qkv=0.3, mlp_in=0.3, attn_out=0.15, mlp_out=0.15)   # 0.3 / √(2 · depth)
+    for name, weight in plain().named_parameters():
+        assert weight.std().item() == pytest.approx(stds[name.split(".")[-1]], rel=0.1)
 
 
-def test_no_token_sees_a_later_one():
-    model, (tokens, _) = off_center(), batch()
-    changed = tokens.clone()
-    changed[:, 9] = (changed[:, 9] + 1) % 48
-    before, after = model(tokens)[0], model(changed)[0]
-    assert torch.equal(before[:, :9], after[:, :9]) and not torch.isclose(before[:, 9:], after[:, 9:]).all(-1).any()
-
-
-@pytest.mark.parametrize("heads, depth, matrices, paper", ((8, 12, 0.2597, 0.26), (40, 12, 3.216, 3.22), (12, 8, 0.3895, 0.39),
-                                                           (12, 128, 2.547, 2.55)))
-def test_parameter_counts_are_the_papers(heads, depth, matrices, paper):
+@pytest.mark.parametrize("heads, depth, billions", ((8, 12, 0.26), (40, 12, 3.22), (12, 8, 0.39), (12, 128, 2.55)))
+def test_parameter_counts_are_the_papers(heads, depth, billions):
     with torch.device("meta"):
         model = GPT(GPTConfig(width=102 * heads, depth=depth, head_dim=102, vocab_size=100_352, seq_len=4096))
     d, V = 102 * heads, 100_352
     counts = [weight.numel() for weight in model.matrices()]
-    assert sum(counts) == 2 * V * d + 12 * depth * d * d                    # 8/3 · d wide MLP: 4 d² + 3 · 8/3 d² a block
-    assert float(f"{sum(counts) / 1e9:.4g}") == matrices and round(model.num_params() / 1e9, 2) == paper
+    assert sum(counts) == 2 * V * d + 12 * depth * d * d                    # a block: 4 d² + 3 · 8/3 d²
+    assert round(model.num_params() / 1e9, 2) == billions
     assert sum(counts) < model.num_params() < 1.001 * sum(counts)           # the rescalers
     assert model.flops_per_token() == 6 * (V * d + 12 * depth * d * d) + 12 * depth * d * 4096
-
-
-def test_model_built_on_the_meta_device_is_the_same_model():
-    with torch.device("meta"):
-        model = small()
-    model.to_empty(device="cpu")
-    torch.manual_seed(0)
-    model.init_weights()
-    assert torch.equal(model(batch()[0])[0], small()(batch()[0])[0])
 
 
 def test_generate_takes_the_likeliest_or_draws_from_the_k_likeliest():
@@ -289,59 +281,10 @@ def test_generate_takes_the_likeliest_or_draws_from_the_k_likeliest():
     assert torch.equal(model.generate(start, 20, top_k=1), likeliest)
     logits = model(start[:1])[0][0, -1]
     draw = lambda **how: model.generate(start[:1].expand(4000, 4), 1, **how)[:, -1]         # noqa: E731
-    for temperature in (0.5, 2):                                            # 0.05: six standard deviations of a frequency
-        frequency = draw(temperature=temperature).bincount(minlength=48) / 4000
+    for temperature in (0.5, 2):
+        frequency = draw(temperature=temperature).bincount(minlength=48) / 4000             # 0.05: six deviations
         torch.testing.assert_close(frequency, (logits / temperature).softmax(0), rtol=0, atol=0.05)
     assert set(draw(top_k=3, temperature=9).tolist()) == set(logits.topk(3).indices.tolist())
-
-
-def test_plain_model_is_its_equations():
-    """The opponent: h += attention(RMSNorm(h)), h += MLP(RMSNorm(h)), softmax scale 1/√d_head, in fp64."""
-    torch.manual_seed(0)
-    model = PlainGPT(GPTConfig(width=32, depth=2, head_dim=8, vocab_size=48, seq_len=16, embedding_std=0.8, hidden_std=0.3, unembedding_std=0.4))
-    tokens, targets = batch()
-    w = {name: p.detach().double() for name, p in model.named_parameters()}
-    rms = lambda x: x / x.square().mean(-1, keepdim=True).sqrt()
-    angle = torch.arange(16.0).double()[:, None] * 10000.0 ** (-torch.arange(0, 8, 2).double() / 8)
-    turn = torch.polar(torch.ones_like(angle), angle)       # channels i and i + 4 as one complex number
-    h = w["embedding"][tokens]
-    for i in range(2):
-        qkv, out, mlp_in, mlp_out = (w[f"blocks.{i}.{name}"] for name in ("qkv", "attn_out", "mlp_in", "mlp_out"))
-        heads = []
-        for head in range(4):
-            q, k, v = (rms(h) @ qkv[32 * part + 8 * head:32 * part + 8 * head + 8].T for part in range(3))
-            q, k = (torch.complex(x[..., :4], x[..., 4:]) * turn for x in (q, k))
-            scores = (q @ k.conj().transpose(1, 2)).real / 8 ** 0.5
-            scores = scores.masked_fill(torch.ones(16, 16, dtype=bool).triu(1), -math.inf)
-            heads.append(scores.softmax(-1) @ v)
-        h = h + torch.cat(heads, -1) @ out
-        u, v = (rms(h) @ mlp_in.T).split(model.config.mlp_width, -1)
-        h = h + (u * v * torch.sigmoid(v)) @ mlp_out
-    logits = rms(h) @ w["unembedding"].T
-    loss = -logits.log_softmax(-1).gather(-1, targets[..., None]).mean()
-    mine, my_loss = model(tokens, targets)
-    assert ((mine - logits).norm() / logits.norm()).item() < 3e-6
-    assert my_loss.item() == pytest.approx(loss.item(), rel=3e-6)
-
-
-def test_plain_columns_are_equal_at_the_base_alone_and_start_as_the_table_says():
-    def build(column, width):
-        config = train.Config(parametrization=column, width=width, depth=2, head_dim=8, vocab_size=512, seq_len=16, base_width=64,
-                              base_depth=2, weight_decay=0.1)
-        return train.build(config, torch.device("cpu"))
-    for width, equal in ((64, True), (256, False)):
-        (sp, sp_adam), (mup, mup_adam) = build("gpt_sp", width), build("gpt_mup", width)
-        rates = [[group["lr_scale"] for group in adam.param_groups] for adam in (sp_adam, mup_adam)]
-        assert (rates[0] == rates[1]) == equal
-        assert all(torch.equal(a, b) for a, b in zip(sp.parameters(), mup.parameters())) == equal
-        assert all(group["weight_decay"] == 0.1 for group in sp_adam.param_groups)
-        assert sum(len(group["params"]) for group in sp_adam.param_groups) == len(list(sp.parameters())) == 2 + 4 * 2
-    # at four times the base: hidden and unembedding rates 1/4; E_out starts at a quarter of its 64^-1/2, hidden matrices at 256^-1/2
-    assert rates[1] == [1, 0.25, 0.25]
-    block = mup.blocks[0]
-    for weight, std in ((mup.embedding, 1), (block.qkv, 1 / 16), (block.mlp_in, 1 / 16), (block.attn_out, 1 / 32), (block.mlp_out, 1 / 32),
-                        (mup.unembedding, 1 / 32)):
-        assert weight.std().item() == pytest.approx(std, rel=0.02)
 
 
 def test_compiled_model_is_the_eager_one():
@@ -353,26 +296,26 @@ def test_compiled_model_is_the_eager_one():
 
 
 def test_bfloat16_is_float32_to_its_own_width():
-    """bf16 keeps 8 bits, so one rounding errs by at most u = 2^-8. A product rounds two factors and itself, and 6 stand in a row
-    in a block (qkv, q·k, P·v, W_O, W_u and W_ν, W_oMLP): with the logits 13 in two blocks, and as many backward. Independent
-    errors add as a root: √(3·26) u = 0.035 of a gradient, √(3·13) u of a logit, which is typically logit_init / √d. The loss is
-    the mean over 128 tokens, each moved by its logits' error times |softmax - onehot| ≤ √2."""
+    """bf16 keeps 8 bits, so one rounding errs by at most u = 2^-8. A product rounds two factors and itself, and 6 stand
+    in a row in a block (qkv, q·k, P·v, W_O, W_u and W_ν, W_oMLP): with the logits 13 in two blocks, as many backward.
+    Independent errors add as a root: √(3·26) u = 0.035 of a gradient, √(3·13) u of a logit, typically logit_init / √d.
+    The loss is the mean over 128 tokens, each moved by its logits' error times |softmax - onehot| ≤ √2."""
     u, model = 2 ** -8, off_center()
     (tokens, targets), autocast = batch(rows=8), torch.autocast("cpu", torch.bfloat16)
     loss, grads = gradients(model, model, tokens, targets)
     with autocast:
         bf16_loss, bf16_grads = gradients(model, model, tokens, targets)
-        torch.testing.assert_close(model.hidden(tokens).norm(dim=-1), torch.ones(8, 16))        # norms and states stay fp32
+        torch.testing.assert_close(model.hidden(tokens).norm(dim=-1), torch.ones(8, 16))    # norms and states stay fp32
     assert 0 < abs(bf16_loss - loss) < math.sqrt(2 / 128) * math.sqrt(3 * 13) * u * 6 / math.sqrt(32)
     assert max(relative_errors(bf16_grads, grads).values()) < math.sqrt(3 * 26) * u
 
 
 # ---------------------------------------------------------------- parametrize.py
 
-# The rules at 4, 9 and 125 times the base's width (1024), depth and steps, by hand; with these, each power has its own prime:
-# m_w^-1/2 = 1/2, m_w^-3/4 = 0.3535534, m_w^-1 = 1/4; m_d^-1/2 = 1/3, m_d^-1 = 1/9; m_t^-1/3 = 1/5; c = 1/32, d^-1/2 = 1/64.
+# The rules at 4, 9 and 125 times the base's width (1024), depth and steps, by hand; each power has its own prime:
+# m_w^-1/2 = 1/2, m_w^-3/4 = 0.3535534, m_w^-1 = 1/4; m_d^-1/2 = 1/3, m_d^-1 = 1/9; m_t^-1/3 = 1/5; c = 1/32, d = 64².
 BY_HAND = dict(
-    # η ×:   embedding  hidden          unembedding    × base  rescalers   init: α   scale: α, s_qk  init: s_z  scale: s_z
+    # η × embedding  hidden          unembedding    × base  rescalers   init: α   scale: α, s_qk  init: s_z  scale: s_z
     ngpt=(      1,      1,              1,             1,      1,          0.05,     1 / 64,         1,         1 / 64),
     mup=(       1 / 10, 1 / 20,         1 / 10,        0.5,    1 / 5,      0.05 / 9, 1 / 32,         1,         1 / 32),
     depth_mup=( 1 / 10, 0.3535534 / 15, 0.3535534 / 5, 0.5,    1 / 5,      0.05 / 3, 1 / 32,         2,         1 / 32),
@@ -384,8 +327,8 @@ BY_HAND = dict(
 @pytest.mark.parametrize("column", parametrize_py.read_table(parametrize_py.TABLE))
 def test_table_gives_the_numbers_worked_out_by_hand(column):
     embedding, hidden, unembedding, tuned, rescalers, alpha, scale, logit, logit_scale = BY_HAND[column]
-    values = dict(alpha_init=alpha, alpha_scale=scale, qk_init=1, qk_scale=scale, mlp_init=1, mlp_scale=1, logit_init=logit,
-                  logit_scale=logit_scale)
+    values = dict(alpha_init=alpha, alpha_scale=scale, qk_init=1, qk_scale=scale, mlp_init=1, mlp_scale=1,
+                  logit_init=logit, logit_scale=logit_scale)
     for mults, factors in ((dict(embedding_lr_mult=2, unembedding_lr_mult=0.3), (2, 0.3)), ({}, (1, tuned))):
         rates = dict(embedding=factors[0] * embedding, hidden=3 * hidden, unembedding=factors[1] * unembedding,
                      rescalers=5 * rescalers)
@@ -395,27 +338,25 @@ def test_table_gives_the_numbers_worked_out_by_hand(column):
     assert other_start == pytest.approx({**values, "alpha_init": 4 * alpha})
 
 
-def test_unknown_columns_impossible_sizes_and_unreadable_cells_are_refused():
-    with pytest.raises(ValueError, match="'sp'.* columns are ngpt, mup, depth_mup, nugpt_full, nugpt_none, nugpt"):
-        parametrize("sp", 64, 1, 1)
-    with pytest.raises(ValueError, match="steps .* must be at least 1"):
-        parametrize("nugpt", 64, 1, 0)
-    for cell in ("m_x^2", "m_w^half", "", "2 m_w", "m_w^1/0"):
-        with pytest.raises(ValueError, match="cannot read .* a factor is"):
-            value(cell, m_w=2)
+def test_plain_columns_give_the_numbers_worked_out_by_hand_and_are_equal_at_the_base():
+    for column, rate, unembedding_std in (("gpt_sp", 1, 1 / 64), ("gpt_mup", 1 / 4, 1 / 128)):
+        initial, lr_scale = parametrize(column, 4096, 90, 1_250_000)
+        assert initial == dict(embedding_std=1, hidden_std=1 / 64, unembedding_std=unembedding_std)
+        assert lr_scale == dict(embedding=1, hidden=rate, unembedding=rate)
+    assert parametrize("gpt_sp", 1024, 90, 9) == parametrize("gpt_mup", 1024, 90, 9)
 
 
-def edited(before, after):
-    """parametrize.py with one piece of its text replaced, as a user would: its names."""
-    source, names = Path(parametrize_py.__file__).read_text(), {"__name__": "edited"}
-    assert before in source
-    exec(source.replace(before, after, 1), names)
-    return names
+@pytest.mark.parametrize("cell", ("m_x^2", "m_w^half", "", "2 m_w", "m_w^1/0"))
+def test_unreadable_cells_are_refused(cell):
+    with pytest.raises(ValueError, match="cannot read .* a factor is"):
+        value(cell, m_w=2)
 
 
-def test_one_edit_adds_a_column_or_is_refused():
-    mine = edited("OWN = {", 'OWN = {"mine": ("nugpt", dict(lr_hidden="m_w^-0.85")),')["parametrize"]("mine", 2048, 20, 80_000)
-    nugpt = parametrize("nugpt", 2048, 20, 80_000)
+def test_one_edit_adds_a_column_or_is_refused(tmp_path):
+    def edited(*edit):
+        return runpy.run_path(fork(tmp_path, "parametrize.py", edit).with_name("parametrize.py"))["parametrize"]
+    own = edited("OWN = {", 'OWN = {"mine": ("nugpt", dict(lr_hidden="m_w^-0.85")),')
+    mine, nugpt = own("mine", 2048, 20, 80_000), parametrize("nugpt", 2048, 20, 80_000)
     assert mine[1].pop("hidden") == pytest.approx(0.5 * 2 ** -0.85) != nugpt[1].pop("hidden") and mine == nugpt
     for own in ('("nogpt", {})', '("nugpt", dict(lr_hiden="1"))'):
         with pytest.raises(SystemExit, match="your column 'mine' must start from one of ngpt, .* change some of lr, "):
@@ -424,117 +365,103 @@ def test_one_edit_adds_a_column_or_is_refused():
         edited("| m_w^-3/4?·m_d^-1/2 ", "")
 
 
-def test_at_the_base_every_column_is_the_same_run_and_away_from_it_none_is():
-    losses, model = trained("ngpt")
-    for column in NORMALIZED:
-        same_losses, same = trained(column)
-        assert same_losses == losses and all(map(torch.equal, same.parameters(), model.parameters()))
-    assert len({trained(column, times=2)[0][-1] for column in NORMALIZED}) == len(NORMALIZED)
+def test_at_the_base_every_column_is_the_same_run_and_away_from_it_none_is(data, tmp_path):
+    def trained(column, **base):
+        out = tmp_path / column / "at_base" if base else tmp_path / column
+        assert run(*options(data, out, parametrization=column, unembedding_lr_mult=0.5, **base)) == 0
+        return log(out), checkpoint(out)["model"]
+    runs = [trained(column, base_width=32, base_depth=2, base_steps=8) for column in NORMALIZED]
+    for rows, model in runs:
+        assert rows == runs[0][0] and all(map(torch.equal, model.values(), runs[0][1].values()))
+    assert len({trained(column)[0][-1]["val_loss"] for column in NORMALIZED}) == len(NORMALIZED)
 
 
-def test_parameter_groups_hold_every_parameter_once(monkeypatch):
+def test_parameter_groups_hold_every_parameter_once():
     model, lr_scale = small(), parametrize("nugpt", 64, 2, 8)[1]
-    grouped = [(id(p), group["name"], group["lr_scale"]) for group in param_groups(model, lr_scale) for p in group["params"]]
-    classes = {id(p): "rescalers" if name.endswith("raw") else name if "blocks" not in name else "hidden"
-               for name, p in model.named_parameters()}
-    assert sorted(grouped) == sorted((i, name, lr_scale[name]) for i, name in classes.items())
-    monkeypatch.setitem(parametrize_py.TENSOR_CLASSES, "hidden", r"embedding|blocks.*")
-    with pytest.raises(ValueError, match="embedding is in embedding and hidden; name it in one pattern of TENSOR_CLASSES"):
-        param_groups(model, lr_scale)
-    monkeypatch.undo()
-    model.gain = torch.nn.Parameter(torch.ones(1))
-    with pytest.raises(ValueError, match="gain is in no tensor class; .* TENSOR_CLASSES in parametrize.py"):
-        param_groups(model, lr_scale)
+    groups = [(p, group["name"], group["lr_scale"]) for group in param_groups(model, lr_scale) for p in group["params"]]
+    assert {id(p): (name, scale) for p, name, scale in groups} == {
+        id(p): (tensor_class(name), lr_scale[tensor_class(name)]) for name, p in model.named_parameters()}
+    assert len(groups) == len(list(model.parameters()))
 
 
 def test_parametrize_prints_the_table_and_one_models_numbers(capsys, monkeypatch):
-    for argv, words in (([], ("m_w^-3/4", "nugpt_none")), (["--width=4096", "--steps=80000"], ("0.1768", "nugpt_none"))):
+    monkeypatch.setitem(parametrize_py.OWN, "mine", ("nugpt", dict(lr_hidden="m_w^-0.85")))
+    for argv, words in (([], ("m_w^-3/4", "nugpt_none", "mine: nugpt, but lr_hidden m_w^-0.85")),
+                        (["--width=4096", "--steps=80000"], ("0.1768", "nugpt_none"))):
         monkeypatch.setattr(sys, "argv", ["parametrize.py", *argv])
         parametrize_py.main()
         text = capsys.readouterr().out
         assert all(word in text for word in words)
-    monkeypatch.setattr(sys, "argv", ["parametrize.py"])
-    monkeypatch.setitem(parametrize_py.OWN, "mine", ("nugpt", dict(lr_hidden="m_w^-0.85")))
-    parametrize_py.main()
-    assert "mine: nugpt, but lr_hidden m_w^-0.85" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- train.py: the loop
 
-def test_train_takes_adams_steps_at_the_tables_rates_on_a_cosine(data, tmp_path):
-    mults = dict(embedding_lr_mult=2, hidden_lr_mult=1.5, unembedding_lr_mult=0.7, rescalers_lr_mult=0.6)
-    assert run(*options(data, tmp_path, steps=3, learning_rate=0.03, **mults)) == 0
-    rescalers, lr_scale = parametrize("nugpt", 32, 2, 3, 16, 1, 4, **mults)
-    model, m, v = small(vocab_size=256, **rescalers), {}, {}
-    tokens = read_tokens(data / "train.bin").astype(np.int64)
+@pytest.mark.parametrize("freeze_alpha", (False, True))
+def test_train_takes_adams_steps_at_the_tables_rates_on_a_cosine(freeze_alpha, data, tmp_path):
+    changes = dict(embedding_lr_mult=2, hidden_lr_mult=1.5, unembedding_lr_mult=0.7, rescalers_lr_mult=0.6)
+    lr_scale = parametrize("nugpt", 32, 2, 3, 16, 1, 4, **changes)[1]
+    changes |= dict(freeze_alpha=freeze_alpha, steps=3, learning_rate=0.03, weight_decay=0.1)
+    assert run(*options(data, tmp_path, **changes)) == 0
+    model, tokens, m, v = untrained(), read_tokens(data / "train.bin").astype(int), {}, {}
     for t in range(3):
         rows = torch.tensor(np.stack([tokens[s:s + 17] for s in train.batch_starts(0, t, 4, 16, len(tokens))]))
         loss, grads = gradients(model, model, rows[:, :-1], rows[:, 1:])
-        rate = 0.03 * (0.1 + 0.9 * (1 + math.cos(math.pi * t / 3)) / 2)                             # cosine to 10 %, no warm-up
+        rate = 0.03 * (0.1 + 0.9 * (1 + math.cos(math.pi * t / 3)) / 2)     # cosine to 10 %, no warm-up
         assert log(tmp_path, "learning_rate", "train_loss")[t] == pytest.approx([rate, loss], rel=1e-5)
-        for name, p in model.named_parameters():                                                    # Adam, arXiv:1412.6980
+        for name, p in model.named_parameters():                            # Adam, arXiv:1412.6980, and AdamW's decay
             m[name] = 0.9 * m.get(name, 0) + 0.1 * grads[name]
             v[name] = 0.95 * v.get(name, 0) + 0.05 * grads[name] ** 2
             step = m[name] / (1 - 0.9 ** (t + 1)) / ((v[name] / (1 - 0.95 ** (t + 1))).sqrt() + 1e-16)
-            tensors = "rescalers" if name.endswith("raw") else name if "blocks" not in name else "hidden"
-            p.data -= rate * lr_scale[tensors] * step
+            decay = 0 if name.endswith("raw") else 0.1
+            if not (freeze_alpha and "alpha" in name):
+                p.data -= rate * lr_scale[tensor_class(name)] * (step + decay * p.data)
         model.normalize_weights()
     for name, p in model.named_parameters():
         torch.testing.assert_close(checkpoint(tmp_path)["model"][name], p.data, rtol=0, atol=1e-5)
 
 
-def test_frozen_alpha_stays_where_it_starts(data, tmp_path):
-    assert run(*options(data, tmp_path, freeze_alpha=True)) == 0 and run(f"--out_dir={tmp_path}", "--resume") == 0
-    start = small(vocab_size=256, **parametrize("nugpt", 32, 2, 8, 16, 1, 4)[0]).state_dict()
-    same = {name for name, weight in checkpoint(tmp_path)["model"].items() if torch.equal(weight, start[name])}
-    assert same == {f"blocks.{i}.{alpha}.raw" for i in (0, 1) for alpha in ("attn_alpha", "mlp_alpha")}
-
-
 def test_ranks_and_micro_batches_do_not_change_the_losses(data, tmp_path):
     """Real processes, gloo between them. Sums are taken in another order, and log.csv has 6 digits."""
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", HERE / "train.py")
-    done = process(*torchrun, *options(data, tmp_path / "2x2", micro_batch_size=1))
+    done = process(*TORCHRUN, *options(data, tmp_path / "2x2", micro_batch_size=1))
     assert done.returncode == 0 and done.stdout.count("final:") == 1, done.stderr
     for micro in (0, 1, 2):
         assert run(*options(data, tmp_path / f"1x{micro}", micro_batch_size=micro)) == 0
     columns = "step", "tokens", "learning_rate", "train_loss", "val_loss", "attn_alpha", "mlp_alpha", "s_z"
     for other in ("2x2", "1x1", "1x2"):
         np.testing.assert_allclose(log(tmp_path / other, *columns), log(tmp_path / "1x0", *columns), rtol=2e-5)
-    assert checkpoint(tmp_path / "2x2")["model"].keys() == small().state_dict().keys()              # no prefix of a wrapper
+    assert checkpoint(tmp_path / "2x2")["model"].keys() == small().state_dict().keys()      # no prefix of a wrapper
 
 
 def test_evaluation_is_the_mean_over_the_stated_windows(data, tmp_path):
     """19 of the 24 windows of val.bin, evenly spread; neither 4 nor 3 sequences at a time divide them."""
-    tokens = torch.tensor(read_tokens(data / "val.bin").astype(np.int64))
+    tokens = torch.tensor(read_tokens(data / "val.bin").astype(int))
     windows = (len(tokens) - 1) // 16
     rows = torch.stack([tokens[16 * i:16 * i + 17] for i in (k * windows // 19 for k in range(19))])
-    for batch_size in (4, 3):
-        assert run(*options(data, tmp_path / f"{batch_size}", batch_size=batch_size)) == 0
-        out_dir, model = tmp_path / f"{batch_size}", small(vocab_size=256, **parametrize("nugpt", 32, 2, 8, 16, 1, 4)[0])
+    for out_dir, batch_size in ((tmp_path / "4", 4), (tmp_path / "3", 3)):
+        assert run(*options(data, out_dir, batch_size=batch_size)) == 0
+        model = untrained()
         model.load_state_dict(checkpoint(out_dir)["model"])
         val_losses = log(out_dir, "val_loss")[:, 0]
         assert val_losses[-1] == pytest.approx(model(rows[:, :-1], rows[:, 1:])[1].item(), rel=1e-5)
-        assert np.isfinite(val_losses).nonzero()[0].tolist() == [3, 7]                              # eval_every=4
-        rescalers = [[b.attn_alpha().abs() for b in model.blocks], [b.mlp_alpha().abs() for b in model.blocks], [model.s_z()]]
-        means = [torch.cat(values).mean().item() for values in rescalers]
+        assert np.isfinite(val_losses).nonzero()[0].tolist() == [3, 7]                      # eval_every=4
+        alphas = [[getattr(b, name)().abs() for b in model.blocks] for name in ("attn_alpha", "mlp_alpha")]
+        means = [torch.cat(values).mean().item() for values in (*alphas, [model.s_z()])]
         assert log(out_dir, "attn_alpha", "mlp_alpha", "s_z")[-1] == pytest.approx(means, rel=1e-5)
 
 
 def test_compiled_run_saves_plain_names(data, tmp_path, monkeypatch):
     assert run(*options(data, tmp_path / "eager")) == 0
-    compiler = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, **options: compiler(f, backend="eager", **options))     # the same wrapper, at once
+    compiler = torch.compile                                                # the same wrapper, at once:
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compiler(f, backend="eager", **options))
     assert run(*options(data, tmp_path / "wrapped", compile=True)) == 0
     assert checkpoint(tmp_path / "wrapped")["model"].keys() == small().state_dict().keys()
     assert log(tmp_path / "wrapped") == log(tmp_path / "eager")
 
 
 def test_diverged_run_says_so_and_keeps_the_last_good_checkpoint(data, tmp_path):
-    results = tmp_path / "results.csv"
-    assert run(*options(data, tmp_path / "run", learning_rate=1e6, checkpoint_every=1, results=results)) == 3
-    row, = read_csv(results)
-    assert row["status"] == "diverged" == log(tmp_path / "run")[-1]["status"] and row["val_loss"] == "nan"
-    assert all(weight.isfinite().all() for weight in checkpoint(tmp_path / "run")["model"].values())
+    assert run(*options(data, tmp_path, learning_rate=1e6, checkpoint_every=1)) == 3
+    assert log(tmp_path)[-1]["status"] == "diverged"
+    assert all(weight.isfinite().all() for weight in checkpoint(tmp_path)["model"].values())
 
 
 def test_finished_run_leaves_its_files_a_last_line_and_a_sample(data, tmp_path, capsys):
@@ -553,7 +480,7 @@ def test_finished_run_leaves_its_files_a_last_line_and_a_sample(data, tmp_path, 
 
 
 def test_batches_are_a_function_of_seed_and_step_and_an_epoch_has_every_window_once():
-    starts = lambda step, seed=0: train.batch_starts(seed, step, 5, 8, 85)          # noqa: E731  10 windows, 2 steps an epoch
+    starts = lambda step, seed=0: train.batch_starts(seed, step, 5, 8, 85)  # noqa: E731  10 windows, 2 steps an epoch
     forward = [starts(step) for step in range(6)]
     assert forward == [starts(step) for step in reversed(range(6))][::-1]
     epochs = [forward[i] + forward[i + 1] for i in (0, 2, 4)]
@@ -563,8 +490,6 @@ def test_batches_are_a_function_of_seed_and_step_and_an_epoch_has_every_window_o
     assert orders[0] != orders[1] != orders[2] != orders[0] and starts(0) != starts(0, seed=1)
 
 
-# ---------------------------------------------------------------- train.py: alignment exponents
-
 def test_snapshots_are_the_weights_after_1_2_4_steps_every_n_and_the_last_and_change_no_loss(data, tmp_path):
     for name, changes in (("without", {}), ("with", dict(snapshot_every=3))):
         assert run(*options(data, tmp_path / name, **changes)) == 0
@@ -572,19 +497,21 @@ def test_snapshots_are_the_weights_after_1_2_4_steps_every_n_and_the_last_and_ch
     snapshots = [torch.load(path, weights_only=True) for path in sorted((tmp_path / "with").glob("snapshot_*.pt"))]
     assert [snapshot["step"] for snapshot in snapshots] == [0, 1, 2, 3, 6, 8]
     torch.testing.assert_close(snapshots[-1]["model"], checkpoint(tmp_path / "with")["model"], rtol=0, atol=0)
-    start = small(vocab_size=256, **parametrize("nugpt", 32, 2, 8, 16, 1, 4)[0])
-    torch.testing.assert_close(snapshots[0]["model"], start.state_dict(), rtol=0, atol=0)
+    torch.testing.assert_close(snapshots[0]["model"], untrained().state_dict(), rtol=0, atol=0)
 
 
 # ---------------------------------------------------------------- train.py: kills, signals and resumed runs
 
 def test_run_killed_anywhere_and_resumed_is_bit_equal_to_one_that_was_not(data, tmp_path):
-    """kill -9: first in the middle of writing a checkpoint, then six times wherever it strikes."""
+    """kill -9: before the first step, in the middle of writing a checkpoint, then six times wherever it strikes."""
     seed = time.time_ns() % 2 ** 32
-    print(f"seed {seed}")                                                                           # seen if the test fails
+    print(f"seed {seed}")       # seen if the test fails
     rng, whole, killed = np.random.default_rng(seed), tmp_path / "whole", tmp_path / "killed"
+    resumed = f"--out_dir={killed}", "--resume"
     long = dict(steps=150, checkpoint_every=2, eval_every=7, eval_tokens=48)
     assert run(*options(data, whole, **long)) == 0
+    assert signaled(signal.SIGKILL, 0, *options(data, killed, **long)) == -signal.SIGKILL
+    assert checkpoint(killed)["progress"]["step"] == 0
 
     def breaks_off(state, file, save=torch.save):
         save(state, file)
@@ -593,127 +520,113 @@ def test_run_killed_anywhere_and_resumed_is_bit_equal_to_one_that_was_not(data, 
             os.kill(os.getpid(), signal.SIGKILL)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "save", breaks_off)
-        assert outcome(start(*options(data, killed, **long))) == -signal.SIGKILL
+        assert outcome(start(*resumed)) == -signal.SIGKILL
     assert checkpoint(killed)["progress"]["step"] == 4 and len(log(killed)) == 6 and (killed / "ckpt.pt.tmp").exists()
-
     for _ in range(6):
-        started, row = start(f"--out_dir={killed}", "--resume"), checkpoint(killed)["progress"]["step"] + rng.integers(20)
+        started, row = start(*resumed), checkpoint(killed)["progress"]["step"] + rng.integers(20)
         while started.is_alive() and (killed / "log.csv").read_bytes().count(b"\n") <= row:
             time.sleep(0.001)
         time.sleep(rng.uniform(0, 0.03))
         started.kill()
         assert outcome(started) == -signal.SIGKILL
-    assert outcome(start(f"--out_dir={killed}", "--resume")) == 0
+    assert outcome(start(*resumed)) == 0
     assert_same_run(whole, killed)
 
 
-def test_run_told_to_stop_says_how_to_go_on_and_that_finishes_it_bit_equal(data, tmp_path):
-    long = dict(steps=300, checkpoint_every=1000, eval_every=50)
+@pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGINT))
+def test_run_told_to_stop_says_how_to_go_on_and_that_finishes_it_bit_equal(number, data, tmp_path, capfd):
     whole, stopped, results = tmp_path / "whole", tmp_path / "stopped", tmp_path / "results.csv"
-    command = options(data, stopped, results=results, **long)
-    assert run(*options(data, whole, **long)) == 0
-    started = subprocess.Popen([sys.executable, HERE / "train.py", *command], stdout=subprocess.PIPE, text=True, cwd=HERE,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"})
-    while started.poll() is None and len(log(stopped)) < 4:
-        time.sleep(0.005)
-    started.send_signal(signal.SIGINT)
-    last = started.communicate()[0].splitlines()[-1]
-    assert started.returncode == 4 and read_csv(results) == []
-    assert last == f"stopped after step {checkpoint(stopped)['progress']['step']}; the same command with --resume continues"
+    command = options(data, stopped, results=results)
+    assert run(*options(data, whole)) == 0
+    assert signaled(number, 2, *command) == 4 and read_csv(results) == []
+    said = capfd.readouterr().out.splitlines()
+    assert said[-1] == "stopped after step 3; the same command with --resume continues"
     assert run(*command, "--resume") == 0
     assert_same_run(whole, stopped)
     assert [row["status"] for row in read_csv(results)] == ["finished"]
 
 
 def test_second_interrupt_ends_the_run_at_once(data, tmp_path):
-    def hang(step):
-        if step == 2:
-            (tmp_path / "hangs").touch()
-            time.sleep(60)
-    began, started = time.time(), start(*options(data, tmp_path), before=hang)
-    while not (tmp_path / "hangs").exists():
+    began, started = time.time(), start(*options(data, tmp_path), before=lambda step: time.sleep(60 * (step == 2)))
+    while started.is_alive() and len(log(tmp_path)) < 2:
         time.sleep(0.01)
-    os.kill(started.pid, signal.SIGINT)
-    time.sleep(0.5)
-    assert started.is_alive()                                                                       # in the step under way
-    os.kill(started.pid, signal.SIGINT)
+    for _ in range(2):
+        time.sleep(0.3)
+        assert started.is_alive()       # after the first interrupt, in the step under way
+        os.kill(started.pid, signal.SIGINT)
     assert outcome(started) == -signal.SIGINT and time.time() - began < 50
 
 
 def test_ranks_told_to_stop_at_different_steps_stop_at_one_and_resume_bit_equal(data, tmp_path):
     """Three of them: the sum over two does not depend on an order. One alone gets the signal."""
-    def exit_codes(*argv, signaled=lambda step: None):
+    def exit_codes(*argv, signal_at=None):
         with socket.socket() as listener:
             listener.bind(("", 0))
             port = listener.getsockname()[1]
-        return [*map(outcome, [start(*argv, rank=rank, ranks=3, port=port, **(dict(before=signaled) if rank == 2 else {}))
-                               for rank in range(3)])]
+        before = [send(signal.SIGTERM, signal_at if rank == 2 else None) for rank in range(3)]
+        return [*map(outcome, [start(*argv, before=before[rank], rank=rank, ranks=3, port=port) for rank in range(3)])]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert exit_codes(*options(data, whole, batch_size=4)) == [1, 1, 1]         # 4 cannot be shared out
     assert exit_codes(*options(data, whole, batch_size=6)) == [0, 0, 0]
-    assert exit_codes(*options(data, stopped, batch_size=6), signaled=send(signal.SIGTERM, at=4)) == [4, 4, 4]
+    assert exit_codes(*options(data, stopped, batch_size=6), signal_at=4) == [4, 4, 4]
     assert checkpoint(stopped)["progress"]["step"] == 5
     assert exit_codes(f"--out_dir={stopped}", "--resume") == [0, 0, 0]
     assert_same_run(whole, stopped)
 
 
-def test_torchrun_told_to_stop_saves_and_a_rank_that_dies_takes_all_down(data, tmp_path):
-    """Three real launches of one command, the second and third with --resume, the last until rank 1 is killed."""
-    script, out_dir = tmp_path / "script.py", tmp_path / "out"
-    script.write_text("import os, sys, train; starts = train.batch_starts\n"
-                      "dies = lambda step: train.rank == 1 and str(step) == os.environ.get('DIES_AT')\n"
-                      "kill = lambda: os.kill(os.getpid(), 9)\n"
-                      "train.batch_starts = lambda seed, step, *rest: kill() if dies(step) else starts(seed, step, *rest)\n"
-                      "sys.exit(train.main(sys.argv[1:]))")
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script,
-                *options(data, out_dir, steps=10 ** 5)]
-    env = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
-    for number, resume in ((signal.SIGTERM, []), (signal.SIGINT, ["--resume"])):        # as a terminal would send it
-        before = len(log(out_dir))
-        started = subprocess.Popen([sys.executable, *torchrun, *resume], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                                   env={**os.environ, **env}, start_new_session=True)
-        while started.poll() is None and len(log(out_dir)) <= before + 3:
-            time.sleep(0.05)
-        at = time.time()
-        os.killpg(started.pid, number)
-        said, errors = started.communicate()
-        assert started.returncode != 0 and time.time() - at < 30, errors                            # 30 s: torchrun kills by then
-        step = checkpoint(out_dir)["progress"]["step"]
-        assert said.count("stopped after step") == said.count(f"step {step}; the same command with --resume") == 1, errors
-    began = time.time()
-    done = process(*torchrun, "--resume", **env, DIES_AT=str(step + 3))
-    assert done.returncode != 0 and "exitcode  : -9" in done.stderr and time.time() - began < 60
-    assert len(log(out_dir)) == step + 3
+@pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGINT))
+def test_torchrun_told_to_stop_saves(number, data, tmp_path):
+    """Real launches. The signal goes to the whole group, as a terminal would send it."""
+    started = subprocess.Popen([sys.executable, *TORCHRUN, *options(data, tmp_path, steps=10 ** 5)], text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while started.poll() is None and len(log(tmp_path)) <= 3:
+        time.sleep(0.05)
+    at = time.time()
+    os.killpg(started.pid, number)
+    said, errors = started.communicate()
+    assert started.returncode != 0 and time.time() - at < 30, errors        # 30 s: torchrun kills by then
+    last = f"stopped after step {checkpoint(tmp_path)['progress']['step']}; the same command with --resume continues"
+    assert said.count("stopped after step") == said.count(last) == 1, errors
 
 
 def test_full_disk_ends_the_run_in_one_sentence_and_keeps_the_checkpoint_before(data, tmp_path):
-    assert outcome(start(*options(data, tmp_path), before=send(signal.SIGKILL, at=6))) == -signal.SIGKILL
+    assert signaled(signal.SIGKILL, 6, *options(data, tmp_path)) == -signal.SIGKILL
     before, half = (tmp_path / "ckpt.pt").read_bytes(), (tmp_path / "ckpt.pt").stat().st_size // 2
-    no_room = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (half, half))       # noqa: E731  nearly the error of a full disk
-    done = process(HERE / "train.py", f"--out_dir={tmp_path}", "--resume", preexec_fn=no_room)
+    done = process(HERE / "train.py", f"--out_dir={tmp_path}", "--resume",      # nearly the error of a full disk:
+                   preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (half, half)))
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert re.search(r"[\r\n]train.py: .*ckpt.pt could not be written \(\[Errno .*too large\); the last is untouched", done.stderr)
+    assert re.search(r"[\r\n]train.py: .*ckpt.pt could not be .*Errno .*too large.; the last is untouched", done.stderr)
     assert (tmp_path / "ckpt.pt").read_bytes() == before and not list(tmp_path.glob("*.tmp"))
     with open(tmp_path / "log.csv", "a") as file:
-        file.write("1,64,0.0")                                                                      # a row it had no room for
+        file.write("1,64,0.0")      # a row that the disk had no room for
     assert run(f"--out_dir={tmp_path}", "--resume") == 0 and len(log(tmp_path)) == 8
+
+
+def test_a_file_is_on_the_disk_before_it_replaces_another_and_then_its_name_is(tmp_path, monkeypatch):
+    events, rename = [], os.replace
+    monkeypatch.setattr(os, "fsync", lambda descriptor: events.append(os.fstat(descriptor).st_ino))
+    monkeypatch.setattr(os, "replace", lambda *paths: (events.append("renamed"), rename(*paths)))
+    prepare_data.write_aside(tmp_path / "file", lambda file: file.write(b"new"))
+    assert events == [(tmp_path / "file").stat().st_ino, "renamed", tmp_path.stat().st_ino]
 
 
 def test_resumed_run_may_change_what_is_not_mathematics_and_nothing_else(data, tmp_path):
     whole, changed = tmp_path / "whole", tmp_path / "changed"
     assert run(*options(data, whole)) == 0
-    assert outcome(start(*options(data, changed), before=send(signal.SIGKILL, at=6))) == -signal.SIGKILL
+    assert signaled(signal.SIGKILL, 6, *options(data, changed)) == -signal.SIGKILL
     saved = checkpoint(changed)["config"]
     for key in set(train.MATHEMATICS) - {"data"}:
-        other = "other" if isinstance(saved[key], str) else not saved[key] if isinstance(saved[key], bool) else saved[key] + 1
-        assert f"has {key}={saved[key]}; a resumed run may change only data, " in run(
-            f"--out_dir={changed}", "--resume", f"--{key}={other}")
+        old = saved[key]
+        new = "other" if isinstance(old, str) else not old if isinstance(old, bool) else old + 1
+        assert f"has {key}={old}; a resumed run may change only data, " in run(
+            f"--out_dir={changed}", "--resume", f"--{key}={new}")
     shutil.copytree(data, tmp_path / "moved")
-    assert run("--resume", *options(tmp_path / "moved", changed, log_every=2, eval_every=3, checkpoint_every=1, dtype="auto",
-                                    results=tmp_path / "results.csv", sample_tokens=3, prompt="norm")) == 0
-    a, b = checkpoint(whole), checkpoint(changed)
-    torch.testing.assert_close(a["model"], b["model"], rtol=0, atol=0)
-    assert b["config"] == {**saved, "data": str(tmp_path / "moved"), "log_every": 2, "eval_every": 3, "checkpoint_every": 1,
-                           "resume": True, "results": str(tmp_path / "results.csv"), "sample_tokens": 3, "prompt": "norm"}
+    free = dict(data=str(tmp_path / "moved"), log_every=2, eval_every=3, checkpoint_every=1, sample_tokens=3,
+                prompt="norm", results=str(tmp_path / "results.csv"))
+    assert run("--resume", *options(out_dir=changed, dtype="auto", **free)) == 0
+    torch.testing.assert_close(checkpoint(whole)["model"], checkpoint(changed)["model"], rtol=0, atol=0)
+    assert checkpoint(changed)["config"] == {**saved, **free, "resume": True}
 
 
 # ---------------------------------------------------------------- train.py: options, refusals, results
@@ -724,24 +637,22 @@ def test_options_take_a_sign_or_a_space_and_booleans_may_stand_bare():
 
 
 def test_help_shows_every_option_with_its_default(capsys):
-    with pytest.raises(SystemExit) as end:
-        train.parse_args(["--help"])
+    assert run("--help") == 0
     text = capsys.readouterr().out
-    assert end.value.code == 0
     for field in fields(train.Config):
         assert re.search(rf"^    {field.name}: {field.type.__name__} = \S+ .*# ", text, re.M)
 
 
 REFUSALS = {        # option: what the sentence says
-    "--widht=64": "unrecognized", "8": "unrecognized", "--width=wide": "of type int", "--steps=1.5": "of type int",
-    "--learning_rate=fast": "of type float", "--learning_rate=0.1,": "of type float", "--compile=maybe": "of type bool",
-    "--width=60": "multiple of head_dim=8", "--head_dim=1": "head_dim", "--depth=0": "at least 1", "--steps=0": "more than 0",
-    "--batch_size=0": "more than 0", "--base_width=0": "at least 1", "--micro_batch_size=-1": "at least 0",
-    "--seed=-1": "at least 0", "--learning_rate=nan": "more than 0", "--learning_rate=-0.1": "more than 0",
-    "--beta2=1": "beta", "--eps=-1": "epsilon", "--weight_decay=-1": "weight_decay", "--embedding_lr_mult=-2": "at least 0, or -1",
-    "--parametrization=sp": "ngpt, mup, depth_mup, nugpt_full, nugpt_none, nugpt", "--dtype=float16": "float32",
-    "--device=tpu": "auto, cuda", "--device=cuda": "sees 0", "--vocab_size=255": "at least 256", "--seq_len=4000": "more than seq_len",
-    "--data=nowhere": "prepare_data.py", "--sample_only": "--resume", "--snapshot_every=-1": "at least 0"}
+    "--widht=64": "unrecognized", "8": "unrecognized", "--width=wide": "of type int", "--compile=maybe": "of type bool",
+    "--learning_rate=fast": "of type float", "--learning_rate=0.1,": "of type float", "--beta2=1": "beta",
+    "--learning_rate=nan": "more than 0", "--width=60": "multiple of head_dim=8", "--head_dim=1": "head_dim",
+    "--steps=0": "more than 0", "--base_width=0": "at least 1", "--seed=-1": "at least 0", "--eps=-1": "epsilon",
+    "--batch_size=0": "more than 0", "--micro_batch_size=-1": "at least 0", "--weight_decay=-1": "weight_decay",
+    "--embedding_lr_mult=-2": "at least 0, or -1", "--dtype=float16": "float32", "--device=tpu": "auto, cuda",
+    "--parametrization=sp": "ngpt, mup, depth_mup, nugpt_full, nugpt_none, nugpt", "--device=cuda": "sees 0",
+    "--vocab_size=255": "at least 256", "--seq_len=4000": "more than seq_len", "--data=nowhere": "prepare_data.py",
+    "--depth=0": "at least 1", "--snapshot_every=-1": "at least 0", "--sample_only": "--resume"}
 
 
 @pytest.mark.parametrize("option", REFUSALS)
@@ -751,101 +662,76 @@ def test_impossible_options_are_refused_in_one_sentence(option, data, tmp_path):
     assert REFUSALS[option] in sentence and not (tmp_path / "log.csv").exists()
 
 
-def test_refusal_is_one_line_without_a_traceback(data, tmp_path):
-    done = process(HERE / "train.py", *options(data, tmp_path, width=60))
-    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "multiple of head_dim=8" in done.stderr
-
-
-def test_batch_that_cannot_be_shared_out_is_refused(monkeypatch):
-    monkeypatch.setattr(train, "world_size", 3)
-    with pytest.raises(SystemExit, match="multiple of the number of processes, 3, not 4"):
-        train.check(train.Config(batch_size=4))
-
-
-def test_run_is_not_overwritten_nor_resumed_as_another(data, tmp_path):
+def test_run_is_not_overwritten_nor_resumed_on_other_data(data, tmp_path):
     assert run(*options(data, tmp_path)) == 0
-    written = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    assert "already holds a run" in run(*options(data, tmp_path))
-    assert "has width=32; a resumed run may" in run(*options(data, tmp_path, width=64), "--resume")
-    (tmp_path / "other").mkdir()
-    text = (data / "words.txt").read_text()
-    for other in ("X" + text[1:], text[:-1] + "X"):                                                 # to train on, to validate on
-        (tmp_path / "other/text.txt").write_text(other)
-        prepare_data.prepare(tmp_path / "other", [Path("text.txt")], tmp_path / "other", progress=False)
-        assert "was trained with another data" in run(*options(tmp_path / "other", tmp_path), "--resume")
-    shutil.copytree(data, tmp_path / "uncounted")
-    meta = json.loads((data / "meta.json").read_text())
-    meta["val"]["bytes"] = None                 # whether somebody has counted them makes no other data
-    (tmp_path / "uncounted/meta.json").write_text(json.dumps(meta))
-    assert run(*options(tmp_path / "uncounted", tmp_path), "--resume") == 0
-    written |= {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    other, meta = shutil.copytree(data, tmp_path / "other"), json.loads((data / "meta.json").read_text())
+    meta["val"]["bytes"] = None                                 # whether somebody has counted them makes no other data
+    (other / "meta.json").write_text(json.dumps(meta))
+    assert run(*options(other, tmp_path), "--resume") == 0
+    written, text = (tmp_path / "ckpt.pt").read_bytes(), (data / "words.txt").read_text()
+    for changed in ("X" + text[1:], text[:-1] + "X"):           # to train on, to validate on
+        (other / "words.txt").write_text(changed)
+        assert prepared(other, other / "words.txt") is None
+        assert "was trained with another data" in run(*options(other, tmp_path), "--resume")
     assert "has no trained model" in run(*options(data, tmp_path / "none"), "--resume", "--sample_only")
-    assert written == {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    assert "already holds a run" in run(*options(data, tmp_path))
+    assert (tmp_path / "ckpt.pt").read_bytes() == written and len(log(tmp_path)) == 8
 
 
 def test_resumed_run_needs_a_whole_checkpoint_of_the_same_table(data, tmp_path, monkeypatch):
     assert run(*options(data, tmp_path, parametrization="ngpt")) == 0
-    whole = (tmp_path / "ckpt.pt").read_bytes()
-    for broken in (whole[:len(whole) // 2], b"hello", b""):
-        (tmp_path / "ckpt.pt").write_bytes(broken)
-        assert "ckpt.pt is damaged" in run(f"--out_dir={tmp_path}", "--resume")
-    ours = torch.load(io.BytesIO(whole), weights_only=True)
-    for foreign in ({**ours, "config": dict(size=3)}, torch.zeros(1), torch.ones(3), [], "text", dict(model=ours["model"], iter_num=5)):
-        torch.save(foreign, tmp_path / "ckpt.pt")
-        sentence = run(f"--out_dir={tmp_path}", "--resume")
-        assert "ckpt.pt is damaged, or of another version" in sentence
+    whole, ours = (tmp_path / "ckpt.pt").read_bytes(), checkpoint(tmp_path)
+    files = [whole[:len(whole) // 2], b"hello", b""]
+    for foreign in ({**ours, "config": dict(size=3)}, dict(model=ours["model"], iter_num=5), []):
+        torch.save(foreign, buffer := io.BytesIO())
+        files.append(buffer.getvalue())
+    for content in files:
+        (tmp_path / "ckpt.pt").write_bytes(content)
+        assert "ckpt.pt is damaged, or of another version" in run(f"--out_dir={tmp_path}", "--resume")
     (tmp_path / "ckpt.pt").write_bytes(whole)
     monkeypatch.setitem(COLUMNS["ngpt"], "alpha_init", "0.06")
     assert "was trained with another model_config" in run(f"--out_dir={tmp_path}", "--resume")
 
 
-def test_run_killed_before_its_first_step_goes_on_with_its_options(data, tmp_path):
-    assert outcome(start(*options(data, tmp_path), before=send(signal.SIGKILL, at=0))) == -signal.SIGKILL
-    assert checkpoint(tmp_path)["progress"]["step"] == 0
-    assert run(f"--out_dir={tmp_path}", "--resume") == 0
-    assert checkpoint(tmp_path)["config"]["width"] == 32 and len(log(tmp_path)) == 8
-
-
 def test_a_run_whose_vocabulary_cannot_be_loaded_ends_well_without_a_sample(data, tmp_path, monkeypatch, capsys):
-    def no_network(name):
-        raise ValueError("tiktoken could not load the vocabulary")
-    monkeypatch.setattr(train, "get_tokenizer", no_network)
-    assert run(*options(data, tmp_path, sample_tokens=5, results=tmp_path / "all.csv")) == 0
+    monkeypatch.setattr(train, "get_tokenizer", mock.Mock(side_effect=ValueError("tiktoken has no network")))
+    assert run(*options(data, tmp_path, sample_tokens=5)) == 0
     said = capsys.readouterr().out.splitlines()
     assert any("no sample: tiktoken" in line for line in said) and said[-1].startswith("final: ")
-    assert len(read_csv(tmp_path / "all.csv")) == 1
 
 
 def test_a_list_of_runs_makes_each_once_and_goes_on_where_it_was_stopped(data, tmp_path, capsys):
     results = tmp_path / "folder" / "all.csv"
     command = options(data, "", learning_rate="0.01,1e6,0.03", seed="0,1", results=results)
-    assert outcome(start(*command, before=send(signal.SIGKILL, at=5))) == -signal.SIGKILL and read_csv(results) == []
-    assert run(*command) == 3                                                                       # one rate diverges
+    assert signaled(signal.SIGKILL, 5, *command) == -signal.SIGKILL and read_csv(results) == []
+    assert run(*command) == 3                                                           # one rate diverges
     rows = read_csv(results)
-    assert [(row["seed"], row["learning_rate"], row["status"]) for row in rows] == [
-        (seed, rate, "diverged" if rate == "1000000.0" else "finished") for seed in "01" for rate in ("0.01", "1000000.0", "0.03")]
-    assert run(*options(data, tmp_path / "alone", learning_rate=0.03, seed=1)) == 0                 # no run touches the next
+    assert [(row["seed"], row["status"]) for row in rows] == [
+        (seed, status) for seed in "01" for status in ("finished", "diverged", "finished")]
+    assert [row["val_loss"] == "nan" for row in rows] == [False, True, False] * 2
+    assert run(*options(data, tmp_path / "alone", learning_rate=0.03, seed=1)) == 0     # no run touches the next
     assert f"{float(rows[-1]['val_loss']):.6f}" == f"{log(tmp_path / 'alone', 'val_loss')[-1, 0]:.6f}"
     results.write_text("".join(line for i, line in enumerate(results.read_text().splitlines(True)) if i != 3))
     capsys.readouterr()
-    assert run(*command, "--log_every=3") == 3 and len(read_csv(results)) == 6                      # which leaves the mathematics alone
-    said = capsys.readouterr().out
-    assert said.count("skipped") == 5 and said.count("final:") == 1 and f"seed=1 val_loss={rows[-1]['val_loss']}" in said
+    assert run(*command, "--log_every=3") == 3                                          # no part of the mathematics
+    said, val_loss = capsys.readouterr().out, rows[-1]["val_loss"]
+    assert len(read_csv(results)) == 6 and said.count("skipped") == 5 and said.count("final:") == 1
+    assert f"seed=1 val_loss={val_loss}" in said
     assert "cannot share a folder" in run(*options(data, tmp_path, seed="0,1"))
 
 
-def append_many(path, writer):
-    for i in range(20):
-        train.append_row(path, train.RESULTS, dict(seed=writer, step=i, status="finished"))
-
-
 def test_results_of_many_processes_are_all_there(tmp_path):
-    path, fork = tmp_path / "results.csv", multiprocessing.get_context("fork")
-    writers = [fork.Process(target=append_many, args=(path, writer)) for writer in range(8)]
+    fork = multiprocessing.get_context("fork")
+    together = fork.Barrier(8, timeout=20)
+    def append(writer):
+        for i in range(200):
+            together.wait()         # so that all find the file empty
+            train.append_row(tmp_path / f"{i}.csv", train.RESULTS, dict(seed=writer))
+    writers = [fork.Process(target=append, args=(writer,)) for writer in range(8)]
     [writer.start() for writer in writers]
     [writer.join() for writer in writers]
-    rows = sorted((int(row["seed"]), int(row["step"])) for row in read_csv(path))
-    assert rows == [(writer, i) for writer in range(8) for i in range(20)]
+    for i in range(200):
+        assert sorted(row["seed"] for row in read_csv(tmp_path / f"{i}.csv")) == list("01234567")
 
 
 @pytest.mark.parametrize("content", (b"width,gone,val_loss\n64,x,1.5\n", b"\xff\xfe" * 100, b"no table"))
@@ -856,125 +742,81 @@ def test_results_with_other_columns_are_refused_at_the_start_and_left_as_they_ar
     assert not (tmp_path / "out").exists() and (tmp_path / "results.csv").read_bytes() == content
 
 
-def test_a_run_says_its_epochs_and_where_new_text_is(data, tmp_path, capsys):
-    for steps, much in ((8, False), (500, True)):       # 64 tokens a step, 7,600 to train on
-        assert run(*options(data, tmp_path / str(steps), steps=steps, eval_every=1000)) == 0
-        said = capsys.readouterr().out
-        assert f"{steps * 64 / 7600:.1f} epochs" in said and ("prepare_data.py fineweb_edu --tokens=3e+04" in said) == much
+def test_a_run_of_many_epochs_says_so_and_where_new_text_is(data, tmp_path, capsys):
+    assert run(*options(data, "", steps=500, eval_every=1000)) == 0
+    said = capsys.readouterr().out
+    assert f"{500 * 64 / 7600:.1f} epochs" in said and "prepare_data.py fineweb_edu --tokens=3e+04" in said
 
 
 # ---------------------------------------------------------------- one edit each, as a fork would make it
 
-def fork(tmp_path, *edits):
-    """A folder with the scripts, some of whose text is replaced: edits are (file, before, after)."""
-    for name in ("train.py", "model.py", "parametrize.py", "prepare_data.py"):
-        text = (HERE / name).read_text()
-        for file, before, after in edits:
-            if file == name:
-                assert before in text
-                text = text.replace(before, after, 1)
-        (tmp_path / name).write_text(text)
-    return tmp_path / "train.py"
-
-
-def test_a_new_field_of_config_is_an_option_in_the_help_the_record_the_results_and_makes_another_run(data, tmp_path):
-    script, results = fork(tmp_path, ("train.py", "    freeze_alpha: bool", "    twist: float = 0.5\n    freeze_alpha: bool")), tmp_path / "r.csv"
-    assert "twist: float = 0.5" in process(script, "--help").stdout
+def test_a_new_field_of_config_is_in_the_help_the_record_and_the_results_and_makes_another_run(data, tmp_path):
+    script = fork(tmp_path, "train.py", ("    freeze_alpha: bool", "    twist: float = 0.5\n    freeze_alpha: bool"))
+    results, out = tmp_path / "results.csv", tmp_path / "out"
     for twist, said in (("0.25", "final: "), ("0.25", "skipped"), ("0.75", "final: ")):
-        done = process(script, *options(data, tmp_path / f"out{twist}", results=results), f"--twist={twist}", "--resume")
+        done = process(script, *options(data, f"{out}{twist}", results=results), f"--twist={twist}", "--resume")
         assert done.returncode == 0 and said in done.stdout, done.stderr
     assert [row["twist"] for row in read_csv(results)] == ["0.25", "0.75"]
-    assert json.loads((tmp_path / "out0.25/config.json").read_text())["config"]["twist"] == 0.25
-    assert "has twist=0.25; a resumed" in process(script, f"--out_dir={tmp_path / 'out0.25'}", "--resume", "--twist=1").stderr
+    assert json.loads(Path(f"{out}0.25/config.json").read_text())["config"]["twist"] == 0.25
+    assert "has twist=0.25; a resumed" in process(script, f"--out_dir={out}0.25", "--resume", "--twist=1").stderr
+    assert "twist: float = 0.5" in process(script, "--help").stdout
 
 
 def test_an_extra_linear_map_is_trained_and_what_nobody_initialized_or_classed_is_refused(data, tmp_path):
     def first_said(*edits):
-        done = process(fork(tmp_path, *(("model.py", *edit) for edit in edits)), *options(data, ""))
+        done = process(fork(tmp_path, "model.py", *edits), *options(data, ""))
         return done.stdout if done.returncode == 0 else done.stderr
-    add = "        self.s_qk = Rescaler("
-    mapped = (add, "        self.extra = nn.Parameter(torch.empty(d, d))\n" + add)
-    used = ("        return norm(torch.lerp(h, norm(self.mlp(h))", "        return norm(torch.lerp(h, norm(self.mlp(F.linear(h, self.extra)))")
-    assert "status=finished" in first_said(mapped, used)
-    vector = (add, "        self.extra = nn.Parameter(torch.empty(d))\n" + add)
-    assert first_said(vector) == "train.py: nobody initialized blocks.0.extra: do it in draw_weights, model.py\n"
-    outside = ("        self.s_z = ", "        self.extra = nn.Parameter(torch.empty(config.seq_len, config.width))\n        self.s_z = ")
-    assert first_said(outside).startswith("train.py: parameter extra is in no tensor class; name it in one pattern of TENSOR_CLASSES")
-
-
-def test_a_file_is_never_written_in_part(tmp_path):
-    path = tmp_path / "file"
-    prepare_data.write_aside(path, lambda file: file.write(b"old"))
-    with pytest.raises(ZeroDivisionError):
-        prepare_data.write_aside(path, lambda file: (file.write(b"new, in p"), 1 / 0))
-    assert list(tmp_path.iterdir()) == [path]
-    with open(path) as reader:
-        prepare_data.write_aside(path, lambda file: file.write(b"new"))
-        assert reader.read() == "old" and path.read_text() == "new"
-
-
-def test_a_file_is_on_the_disk_before_it_replaces_another_and_so_is_its_name_before_the_program_goes_on(tmp_path, monkeypatch):
-    events, rename = [], os.replace
-    monkeypatch.setattr(os, "fsync", lambda descriptor: events.append(os.fstat(descriptor).st_ino))
-    monkeypatch.setattr(os, "replace", lambda *paths: (events.append("renamed"), rename(*paths)))
-    prepare_data.write_aside(tmp_path / "file", lambda file: file.write(b"new"))
-    assert events == [(tmp_path / "file").stat().st_ino, "renamed", tmp_path.stat().st_ino]
+    def extra(line, shape):
+        return line, f"        self.extra = nn.Parameter(torch.empty({shape}))\n{line}"
+    in_block, in_model = "        self.s_qk = Rescaler(", "        self.s_z = "
+    used = ("norm(self.mlp(h))", "norm(self.mlp(F.linear(h, self.extra)))")
+    assert "status=finished" in first_said(extra(in_block, "d, d"), used)
+    said = first_said(extra(in_block, "d"))
+    assert said == "train.py: nobody initialized blocks.0.extra: do it in draw_weights, model.py\n"
+    said = first_said(extra(in_model, "config.seq_len, config.width"))
+    assert said.startswith("train.py: parameter extra is in no tensor class; name it in one pattern of TENSOR_CLASSES")
 
 
 # ---------------------------------------------------------------- sweep.sh and README.md
 
 def test_sweep_prints_or_runs_its_grid_names_what_failed_and_goes_on(data, tmp_path):
     pytest.importorskip("matplotlib")
-    results = tmp_path / "a.csv"
-
     def sweep(axis="width", **env):
-        settings = dict(SIZES="16:1:4 32:1:4 20:1:4", RULES="ngpt nugpt", SEEDS="0 1", GRID="-6 -5 20", NGPT_GRID="-7 -6", GPUS="",
-                        HEAD_DIM=8, SEQ_LEN=16, BATCH_SIZE=4, EVAL_TOKENS=304, DATA=data, RESULTS=results, JOBS=2, PYTHON=sys.executable,
-                        TRAIN_OPTIONS="--device=cpu --dtype=float32 --compile=False")
+        env = dict(SIZES="16:1:4 32:1:4 20:1:4", RULES="ngpt nugpt", SEEDS="0 1", GRID="-6 -5 20", NGPT_GRID="-7 -6",
+                   GPUS="", HEAD_DIM=8, SEQ_LEN=16, BATCH_SIZE=4, DATA=data, JOBS=2, RESULTS=tmp_path / "a.csv",
+                   PYTHON=sys.executable, TRAIN_OPTIONS="--device=cpu --dtype=float32 --compile=False") | env
         return subprocess.run(["bash", HERE / "sweep.sh", axis], capture_output=True, text=True, timeout=100,
-                              env={**os.environ, **{key: str(setting) for key, setting in {**settings, **env}.items()}})
+                              env={**os.environ, **{key: str(setting) for key, setting in env.items()}})
     dry = sweep(DRY=1).stdout.splitlines()
     sizes = [re.search(r"=(\w+) --width=(\d+) .*=(\S+) --seed=(\d)", command).groups() for command in dry]
-    rates = {"nugpt": "0.015625,0.03125,1048576", "ngpt": "0.0078125,0.015625"}         # at the base the columns are the same runs
-    assert sizes == [(rule, width, rates[rule if width != "16" else "nugpt"], seed) for width in ("32", "20", "16")
-                     for rule in ("ngpt", "nugpt") for seed in "01" if (rule, width) != ("nugpt", "16")] and not results.exists()
+    nugpt, ngpt = "0.015625,0.03125,1048576", "0.0078125,0.015625"      # at the base the columns are the same runs
+    both = lambda width: [("ngpt", width, ngpt), ("nugpt", width, nugpt)]
+    assert sizes == [(*size, seed) for size in (*both("32"), *both("20"), ("ngpt", "16", nugpt)) for seed in "01"]
     one_class = sweep("classes", DRY=1, RULES="nugpt", CLASSES="hidden unembedding", GRID="-1 1").stdout
     assert re.findall(r"--(\w+_lr_mult=\S+) --seed=0,1", one_class) == [
         "hidden_lr_mult=0.5", "hidden_lr_mult=2", "unembedding_lr_mult=0.25", "unembedding_lr_mult=1"] * 3
     for _ in range(2):
-        done = sweep(SEEDS="0")
-        assert done.returncode == 1                             # width 20 is no multiple of head_dim, and stops nobody
-        assert done.stdout.split("failed, and tried again")[1].count("train.py: width must be a positive multiple of head_dim=8") == 2
-        assert len(read_csv(results)) == 2 + 3 + 3 and "same best η?" in done.stdout and (tmp_path / "a.png").exists()
-    assert done.stdout.count("skipped") == 8 and not done.stdout.count("final:")
+        done = sweep(SEEDS="0", RULES="nugpt")
+        failed = done.stdout.split("failed, and tried again")[1]        # width 20 is no multiple, and stops nobody
+        assert done.returncode == failed.count("train.py: width must be a positive multiple of head_dim=8") == 1
+        assert len(read_csv(tmp_path / "a.csv")) == 6 and "best η?" in done.stdout and (tmp_path / "a.png").exists()
+    assert done.stdout.count("skipped") == 6 and not done.stdout.count("final:")
 
 
 def test_the_readmes_table_is_the_one_that_is_used():
-    lines = [line.strip("| ").split(" | ") for line in (HERE / "README.md").read_text().splitlines() if line.startswith("| ")]
+    text, shown, table = (HERE / "README.md").read_text(), {}, parametrize_py.read_table(parametrize_py.TABLE)
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
     head = next(i for i, cells in enumerate(lines) if "**nugpt**" in cells)
-    columns, shown = [name.strip("*") for name in lines[head]], {}
+    columns = [name.strip("*") for name in lines[head]]
     for rows, *cells in lines[head + 1:]:
         if len(cells) != len(columns) or rows.split(", ")[0] not in COLUMNS["nugpt"]:
             break
         shown |= {row: dict(zip(columns, cells)) for row in rows.split(", ")}
-    table = parametrize_py.read_table(parametrize_py.TABLE)
     assert columns == list(table) and shown == {row: {name: table[name][row] for name in table} for row in shown}
     assert {row for row in table["nugpt"] if any(table[name][row] != "1" for name in table)} <= shown.keys()
 
 
 # ---------------------------------------------------------------- prepare_data.py: text and token files
-
-VAL, *TRAIN = SHARDS = ["edu_fineweb_val_000000.bin", *(f"edu_fineweb_train_{i:06d}.bin" for i in range(1, 5))]
-
-
-def prepared(out, *argv):
-    """`python prepare_data.py … --out=out` in this process. Returns None, or the sentence with which it refuses."""
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
-        patch.setattr(sys, "argv", ["prepare_data.py", *map(str, argv), f"--out={out}"])
-        sys.exit(prepare_data.main())
-    assert "\n" not in (end.value.code or "")
-    return end.value.code
-
 
 def text_of(folder):
     return [bytes(read_tokens(folder / f"{split}.bin").astype(np.uint8)) for split in ("train", "val")]
@@ -989,10 +831,9 @@ def token_file(tokens, magic=20240520, version=1, dtype="<u2"):
 def tiny_encoding(monkeypatch):
     """A real encoding of tiktoken that needs no network; "gpt2" stands for it."""
     ranks = {bytes([i]): i for i in range(256)} | {b"no": 256, b"rm": 257, b"norm": 258, "ä".encode(): 259}
-    encoding = tiktoken.Encoding("tiny", pat_str=r"\S+|\s+", mergeable_ranks=ranks,
-                                 special_tokens={"<|endoftext|>": 260})
-    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: encoding)
-    return encoding
+    tiny = tiktoken.Encoding("tiny", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 260})
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: tiny)
+    return tiny
 
 
 def test_a_folders_files_go_whole_to_one_split_and_stay_there(tmp_path):
@@ -1020,15 +861,10 @@ def test_standard_library_is_always_split_the_same(tmp_path):
 
 
 def test_tokens_of_many_pieces_are_those_of_the_whole_text(tiny_encoding, tmp_path, monkeypatch):
-    """Also: end-of-text ends each part of a text, and a batch has a piece for each core, and not many more."""
-    texts, batches, parts = ["".join(f"norm {i}-{j} ä\n" for j in range(300)).encode() for i in range(3)], [], []
-    for text, name in zip(texts, ("0.txt", "1.txt.gz", "2.txt")):
-        (tmp_path / name).write_bytes(gzip.compress(text) if name == "1.txt.gz" else text)
-
-    def get_tokenizer(name, get=prepare_data.get_tokenizer):
-        encode, *rest = get(name)
-        return lambda texts: (batches.append([len(text) for text in texts]), encode(texts))[1], *rest
-    monkeypatch.setattr(prepare_data, "get_tokenizer", get_tokenizer)
+    """Also: end-of-text ends each part of a text."""
+    texts, parts = ["".join(f"norm {i}-{j} ä\n" for j in range(300)).encode() for i in range(3)], []
+    for i, text in enumerate(texts):
+        (tmp_path / f"{i}.txt").write_bytes(text)
     monkeypatch.setattr(prepare_data, "CHUNK", 100)
     assert prepared(tmp_path / "out", tmp_path, "--tokenizer=gpt2") is None
     meta = json.loads((tmp_path / "out/meta.json").read_text())
@@ -1042,11 +878,10 @@ def test_tokens_of_many_pieces_are_those_of_the_whole_text(tiny_encoding, tmp_pa
         assert b"".join(decoded) == text and 0.94 < len(decoded[0]) / len(text) < 0.96
         for part, part_text in zip(split, decoded):
             assert part[:-1].tolist() == tiny_encoding.encode_ordinary(part_text.decode())
-    assert meta["vocab_size"] == 261 and [len(part) for part in parts[0] + parts[1] if len(part) == 0] == [0, 0]
-    assert sum(map(bool, batches[0])) >= os.cpu_count() and max(map(len, batches)) <= 2 * os.cpu_count()
+    assert meta["vocab_size"] == 261 and [len(split) for split in parts] == [4, 4]
     (tmp_path / "line.txt").write_text("ν" * 1050 + "\n" + "μ" * 30)        # a long line is cut
     lengths = [len(text) for text in prepare_data.text_chunks(tmp_path / "line.txt")]
-    assert sum(lengths) == 1081 and max(lengths + sum(batches, [])) <= 200
+    assert sum(lengths) == 1081 and max(lengths) <= 200
 
 
 def test_tokens_of_a_large_vocabulary_take_four_bytes(tmp_path, monkeypatch):
@@ -1065,27 +900,27 @@ def test_bad_input_gets_one_sentence(tmp_path, monkeypatch):
     (tmp_path / "bad.txt.gz").write_bytes(gzip.compress(b"norm\n" * 100)[:-9])
     monkeypatch.setattr(prepare_data, "MAX_TOKENS", 474)
     monkeypatch.chdir(tmp_path)
-    for argv, words in (("none.txt", "must be a .txt"), ("text.txt --tokenizer=gpt7", "no tokenizer 'gpt7'"),
-                        ("empty.txt", "0 tokens of text for train"), ("bad.txt.gz", "end-of-stream"),
-                        ("text.txt", "475 tokens of text for train; 1 to 474 fit"), ("--width=3", "unrecognized"),
-                        ("shakespeare --tokens=5", "goes with fineweb"), ("fineweb_edu --tokenizer=byte", "of gpt2"),
-                        *((f"fineweb_edu --tokens={tokens}", "between 1 and") for tokens in (0, 1.002e11, "nan"))):
+    for argv, words in (
+            ("none.txt", "must be a .txt"), ("text.txt --tokenizer=gpt7", "no tokenizer 'gpt7'"),
+            ("empty.txt", "0 tokens of text for train"), ("text.txt", "475 tokens of text for train; 1 to 474 fit"),
+            ("bad.txt.gz", "end-of-stream"), ("--width=3", "unrecognized"), ("shakespeare --tokens=5", "with fineweb"),
+            ("fineweb_edu --tokenizer=byte", "of gpt2"), ("fineweb_edu --tokens=0", "between 1 and"),
+            ("fineweb_edu --tokens=1.002e11", "between 1 and"), ("fineweb_edu --tokens=nan", "between 1 and")):
         assert words in prepared("out", *argv.split()) and not list(tmp_path.glob("out/[a-z]*"))
 
 
 def test_killed_tokenization_leaves_nothing_that_looks_finished(tmp_path):
-    """Killed between its two token files, in a new folder and in one of other data. The same command mends both."""
+    """Killed between its two token files, in a folder of other data. The same command mends it."""
     (tmp_path / "old.txt").write_text("norm\n" * 100)
     (tmp_path / "new.txt").write_text("another text, of another length\n" * 100)
-    assert prepared(tmp_path / "old", tmp_path / "old.txt") is None
-    code = ("import os, prepare_data; replace = os.replace\n"
-            "os.replace = lambda *paths: (replace(*paths), os.kill(os.getpid(), 9))\nprepare_data.main()")
-    for out in (tmp_path / "new", tmp_path / "old"):
-        assert process("-c", code, tmp_path / "new.txt", f"--out={out}").returncode == -9 and list(out.glob("*.tmp"))
-        with pytest.raises(ValueError, match="no meta.json|but meta.json says"):
-            read_folder(out)
-        assert prepared(out, tmp_path / "new.txt") is None and len(read_folder(out)[0]) == 3040
-        assert not list(out.glob("*.tmp"))
+    kills = "os.replace = lambda *paths: (replace(*paths), os.kill(os.getpid(), 9))"
+    out, code = tmp_path / "out", f"import os, prepare_data; replace = os.replace; {kills}; prepare_data.main()"
+    assert prepared(out, tmp_path / "old.txt") is None
+    assert process("-c", code, tmp_path / "new.txt", f"--out={out}").returncode == -9 and list(out.glob("*.tmp"))
+    with pytest.raises(ValueError, match="but meta.json says"):
+        read_folder(out)
+    assert prepared(out, tmp_path / "new.txt") is None and len(read_folder(out)[0]) == 3040
+    assert not list(out.glob("*.tmp"))
 
 
 def test_folders_come_back_as_written_or_are_refused_by_the_name_of_the_file(tmp_path):
@@ -1201,14 +1036,13 @@ def test_killed_download_goes_on_where_it_was(server, tmp_path, monkeypatch):
     """Also one that was killed between a file's last byte and its name. Before that, nobody else may write there."""
     server.faults += ["stall"]
     code = f"import prepare_data as p; p.FINEWEB_EDU = '{server.url}'; p.SHARD_TOKENS = 100_000; p.main()"
-    argv = ["fineweb_edu", "--tokens=1e5", f"--out={tmp_path}"]
-    killed = subprocess.Popen([sys.executable, "-c", code, *argv], cwd=HERE)
+    child = subprocess.Popen([sys.executable, "-c", code, "fineweb_edu", "--tokens=1e5", f"--out={tmp_path}"], cwd=HERE)
     part, deadline = tmp_path / f"{VAL}.part", time.time() + 20
     while not (part.exists() and part.stat().st_size) and time.time() < deadline:
         time.sleep(0.01)
     assert "another process is writing" in fineweb(server, tmp_path)
-    killed.kill()
-    killed.wait()
+    child.kill()
+    child.wait()
     size = part.stat().st_size
     assert 0 < size < 100_512 and not (tmp_path / VAL).exists()
     (tmp_path / f"{TRAIN[0]}.part").write_bytes(server.files[TRAIN[0]])
@@ -1232,18 +1066,17 @@ def test_shakespeare_is_tokenized_here_if_it_is_what_it_should_be(server, tmp_pa
 
 
 @pytest.mark.parametrize("network", ("refuses", "says nothing", "has a name server that hangs"))
-@pytest.mark.parametrize("source, words", (("fineweb_edu", "use `python"), ("text.txt --tokenizer=gpt2", "TIKTOKEN_")))
+@pytest.mark.parametrize("source, words", (
+    ("fineweb_edu", "use `python"), ("requirements.txt --tokenizer=gpt2", "TIKTOKEN_")))
 def test_no_network_is_said_within_ten_seconds(source, words, network, tmp_path):
     """Of the true addresses, by a proxy that nobody listens at or that says nothing, or with a hanging name server."""
-    (tmp_path / "text.txt").write_text("text\n" * 100)
     hang = "socket.getaddrinfo = lambda *args, **options: time.sleep(30)" if "name" in network else ""
-    code = (f"import os, socket, time, prepare_data as p; os.chdir({str(tmp_path)!r}); assert p.PATIENCE <= 8\n{hang}\n"
-            "p.PATIENCE, begun = 0.5, time.time()\ntry: p.main()\nfinally: print(time.time() - begun)")
+    code = f"import socket, time, prepare_data as p; assert p.PATIENCE <= 8; p.PATIENCE = 0.5\n{hang}\np.main()"
     with socket.create_server(("127.0.0.1", 0)) as proxy:
         url = "" if hang else f"http://127.0.0.1:{proxy.getsockname()[1]}"
         proxy.close() if network == "refuses" else None
         begun = time.time()
-        done = process("-c", code, *source.split(), "--out=out", HTTPS_PROXY=url, https_proxy=url, NO_PROXY="",
-                       no_proxy="", TIKTOKEN_CACHE_DIR=str(tmp_path))
+        done = process("-c", code, *source.split(), f"--out={tmp_path}/out", HTTPS_PROXY=url, https_proxy=url,
+                       NO_PROXY="", no_proxy="", TIKTOKEN_CACHE_DIR=str(tmp_path))
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and words in done.stderr
-    assert float(done.stdout) < 2 and time.time() - begun < 8 and not list(tmp_path.glob("out/[a-z]*"))
+    assert time.time() - begun < 8 and not list(tmp_path.glob("out/[a-z]*"))
