@@ -26,6 +26,7 @@ from prepare_data import read_folder, read_tokens
 HERE = Path(train.__file__).parent
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", HERE / "train.py")
 NORMALIZED = [name for name, rows in COLUMNS.items() if "alpha_init" in rows]           # columns for GPT
+VAL, *TRAIN = SHARDS = ["edu_fineweb_val_000000.bin", *(f"edu_fineweb_train_{i:06d}.bin" for i in range(1, 5))]
 torch.set_num_threads(1)        # as in the subprocesses below, so that sums are taken in the same order
 
 
@@ -734,14 +735,17 @@ def test_a_list_of_runs_makes_each_once_and_goes_on_where_it_was_stopped(data, t
 
 
 def test_results_of_many_processes_are_all_there(tmp_path):
+    fork = multiprocessing.get_context("fork")
+    together = fork.Barrier(8, timeout=20)
     def append(writer):
-        for i in range(20):
-            train.append_row(tmp_path / "results.csv", train.RESULTS, dict(seed=writer, step=i))
-    writers = [multiprocessing.get_context("fork").Process(target=append, args=(writer,)) for writer in range(8)]
+        for i in range(200):
+            together.wait()         # so that all find the file empty
+            train.append_row(tmp_path / f"{i}.csv", train.RESULTS, dict(seed=writer))
+    writers = [fork.Process(target=append, args=(writer,)) for writer in range(8)]
     [writer.start() for writer in writers]
     [writer.join() for writer in writers]
-    rows = sorted((int(row["seed"]), int(row["step"])) for row in read_csv(tmp_path / "results.csv"))
-    assert rows == [(writer, i) for writer in range(8) for i in range(20)]
+    for i in range(200):
+        assert sorted(row["seed"] for row in read_csv(tmp_path / f"{i}.csv")) == list("01234567")
 
 
 @pytest.mark.parametrize("content", (b"width,gone,val_loss\n64,x,1.5\n", b"\xff\xfe" * 100, b"no table"))
@@ -791,10 +795,9 @@ def test_an_extra_linear_map_is_trained_and_what_nobody_initialized_or_classed_i
 
 def test_sweep_prints_or_runs_its_grid_names_what_failed_and_goes_on(data, tmp_path):
     pytest.importorskip("matplotlib")
-    results = tmp_path / "a.csv"
     def sweep(axis="width", **env):
         env = dict(SIZES="16:1:4 32:1:4 20:1:4", RULES="ngpt nugpt", SEEDS="0 1", GRID="-6 -5 20", NGPT_GRID="-7 -6",
-                   GPUS="", HEAD_DIM=8, SEQ_LEN=16, BATCH_SIZE=4, EVAL_TOKENS=304, DATA=data, RESULTS=results, JOBS=2,
+                   GPUS="", HEAD_DIM=8, SEQ_LEN=16, BATCH_SIZE=4, DATA=data, JOBS=2, RESULTS=tmp_path / "a.csv",
                    PYTHON=sys.executable, TRAIN_OPTIONS="--device=cpu --dtype=float32 --compile=False") | env
         return subprocess.run(["bash", HERE / "sweep.sh", axis], capture_output=True, text=True, timeout=100,
                               env={**os.environ, **{key: str(setting) for key, setting in env.items()}})
@@ -810,7 +813,7 @@ def test_sweep_prints_or_runs_its_grid_names_what_failed_and_goes_on(data, tmp_p
         done = sweep(SEEDS="0", RULES="nugpt")
         failed = done.stdout.split("failed, and tried again")[1]        # width 20 is no multiple, and stops nobody
         assert done.returncode == failed.count("train.py: width must be a positive multiple of head_dim=8") == 1
-        assert len(read_csv(results)) == 3 + 3 and "same best η?" in done.stdout and (tmp_path / "a.png").exists()
+        assert len(read_csv(tmp_path / "a.csv")) == 6 and "best η?" in done.stdout and (tmp_path / "a.png").exists()
     assert done.stdout.count("skipped") == 6 and not done.stdout.count("final:")
 
 
@@ -828,9 +831,6 @@ def test_the_readmes_table_is_the_one_that_is_used():
 
 
 # ---------------------------------------------------------------- prepare_data.py: text and token files
-
-VAL, *TRAIN = SHARDS = ["edu_fineweb_val_000000.bin", *(f"edu_fineweb_train_{i:06d}.bin" for i in range(1, 5))]
-
 
 def text_of(folder):
     return [bytes(read_tokens(folder / f"{split}.bin").astype(np.uint8)) for split in ("train", "val")]
