@@ -1,7 +1,7 @@
 """
 The normalized Transformer: nGPT (arXiv:2410.01131) in the form of νGPT (arXiv:2604.27077, section 2).
 
-Every hidden state is a unit vector of length d, and every weight matrix is a stack of such vectors, one a row:
+Every hidden state is a unit vector of d numbers, and every weight matrix is a stack of such vectors, one a row:
 F.linear(h, W) maps from the hidden state, y @ W maps back. A block does not add to the hidden state: it turns the
 state a little towards the block's output, by a learnable step per channel, the "eigen learning rate" α. How large α
 and the other rescalers start, and how fast everything moves, is in one table: see parametrize.py.
@@ -117,7 +117,7 @@ class Block(nn.Module):
     def mlp(self, h):
         # u = (W_u h) ⊙ s_u and ν = (W_ν h) ⊙ s_ν √d, the factors on the rows of W: less memory traffic than on u and ν
         s = torch.cat((self.s_u(), self.s_v() * math.sqrt(self.config.width)))
-        u, v = F.linear(h, self.mlp_in * s[:, None]).chunk(2, dim=-1)       # each (B, T, m)
+        u, v = F.linear(h, self.mlp_in * s[:, None]).chunk(2, dim=-1)       # u, ν: each (B, T, m)
         return (F.silu(v) * u) @ self.mlp_out
 
     def forward(self, h, table):
@@ -187,7 +187,7 @@ class GPT(nn.Module):
 
     def forward(self, tokens, targets=None):
         """(logits (B, T, V), loss) of tokens (B, T), integers below V. loss: mean cross-entropy in nats a token against
-        targets (B, T), where -1 does not count; beside it the logits carry no gradient. Without targets loss is None."""
+        targets (B, T), where -1 does not count; beside a loss logits carry no gradient. No targets: loss is None."""
         logits = self.unembed(self.hidden(tokens))
         if targets is None:
             return logits, None
@@ -195,7 +195,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, tokens, max_new_tokens, temperature=1.0, top_k=None):
-        """tokens (B, T ≥ 1) and max_new_tokens more, each of the top_k likeliest; the likeliest if temperature is 0."""
+        """tokens (B, T ≥ 1) and max_new_tokens after them, drawn from the top_k likeliest; greedy at temperature 0."""
         for _ in range(max_new_tokens):
             logits = self.unembed(self.hidden(tokens[:, -self.config.seq_len:])[:, -1]).float()
             if top_k is not None:

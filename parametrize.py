@@ -6,7 +6,7 @@ longer than the base model on which the learning rate η was tuned. Rows are qua
     python parametrize.py --width=4096 --depth=48 --steps=100000    the numbers of one model, in every column
 
 m_w = width / base_width, m_d = depth / base_depth, m_t = steps / base_steps at a fixed batch size, d = width,
-c = base_width^-1/2, α₀ = --alpha_init. A cell is a product of powers; "?" marks what the paper does not settle.
+c = base_width^-1/2, α₀ = train.py's --alpha_init. A cell is a product of powers; "?": the paper does not settle it.
 A rescaler is raw · init/scale: init is where the rescaler starts, 1/scale is how fast Adam moves it.
 """
 import argparse
@@ -33,15 +33,15 @@ logit_init      | 1      | 1         | m_w^1/2?           | m_w^1/2    | m_w^1/2
 logit_scale     | d^-1/2 | c         | c                  | c          | c          | c         |
 """
 
-# Your own column is one line: the column it starts from, and the cells it changes.
+# Your own column is one line: its start, and the cells it changes. Rename an edited column: results know its name.
 OWN = {
     "measured": ("nugpt", dict(lr_hidden="m_w^-0.86", lr_unembedding="m_w^-0.83")),     # of results/alignment.csv
 }
 
 NOTES = """\
   ngpt        nGPT as published (arXiv:2410.01131): one η for all tensors, rescaler scales that follow the width.
-  nugpt       νGPT (arXiv:2604.27077). The exponents -3/4 are its measured alignment, between no alignment
-              (-1/2, nugpt_none) and full alignment (-1, nugpt_full).
+  nugpt       νGPT (arXiv:2604.27077). -3/4 is the alignment that the paper measured, between none (-1/2, nugpt_none)
+              and full (-1, nugpt_full). The column `measured` has the alignment of results/alignment.csv instead.
   mup         the paper's μP for widths. The paper states the power of m_t; a lemma gives the other cells.
   depth_mup   the counter-example: m_d^-1/2 on the hidden rate breaks transfer over depth (section 4.5).
   lr          m_t^-1/3 is a fit, not a theorem (section 4.6). It may depend on the schedule.
@@ -51,7 +51,7 @@ NOTES = """\
   ?           depth_mup's power of width, unembedding and s_z are νGPT's, so only the rules for depth differ.
 """
 
-# The opponent, model.PlainGPT, and its μP (arXiv:2203.03466 table 3; E_out starts and learns m_w^-1 as fast instead).
+# The opponent, model.PlainGPT, and its μP (arXiv:2203.03466 table 3): E_out's std and rate carry the output multiplier.
 PLAIN_TABLE = """
                 | gpt_sp | gpt_mup    | what it sets; train with --weight_decay=0.1 --warmup_steps=…
 lr              | 1      | 1          | η of all tensors, times
@@ -61,7 +61,7 @@ lr_unembedding  | 1      | m_w^-1     |   for the unembedding
 embedding_mult  | 1      | 1          | and these; tuned at the base
 unembedding_mult| 1      | 1          |
 embedding_std   | 1      | 1          | initial standard deviation of the embedding
-hidden_std      | d^-1/2 | d^-1/2     |   of the blocks' matrices (their outputs' (2 · depth)^-1/2 as much)
+hidden_std      | d^-1/2 | d^-1/2     |   of the blocks' matrices (output matrices: × (2 · depth)^-1/2)
 unembedding_std | d^-1/2 | c · m_w^-1 |   of the unembedding
 """
 

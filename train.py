@@ -25,11 +25,9 @@ from parametrize import ALPHA_INIT, BASE_DEPTH, BASE_STEPS, BASE_WIDTH, param_gr
 from prepare_data import batch_starts, get_tokenizer, prepare_stdlib, read_folder, validation_starts
 from prepare_data import sync, write_aside, write_json
 
-
 def free(default):
     """A field of Config that leaves the mathematics alone: it may change on resume, and does not make another run."""
     return field(default=default, metadata=dict(free=True))
-
 
 @dataclass
 class Config:
@@ -80,7 +78,6 @@ class Config:
     dtype: str = "auto"                 # of matrix products: float32, bfloat16, or auto: bfloat16 if the device has it
     compile: bool = free(True)          # use torch.compile
 
-
 MATHEMATICS = [f.name for f in fields(Config) if not f.metadata.get("free")]     # these make a run
 RESCALERS = ["attn_alpha", "mlp_alpha", "s_z"]      # their means at an evaluation
 LOG = "step tokens learning_rate train_loss val_loss seconds tokens_per_second".split() + RESCALERS + ["status"]
@@ -105,13 +102,13 @@ def fail(sentence):
 def parse_args(argv):
     """The options given in argv, a {key: value} for each run. Leaves with one sentence for an impossible option."""
     block = re.sub(r"free\((.*?)\)", r"\1      ", inspect.getsource(Config).split("class Config:")[1])
-    parser = argparse.ArgumentParser(usage=__doc__ + block, allow_abbrev=False)
+    parser = argparse.ArgumentParser(usage=(__doc__ + block).replace("%", "%%"), allow_abbrev=False)
     parser.error = lambda message: fail(f"{message}; `python train.py --help` lists all options")
     for option in fields(Config):
         parser.add_argument(f"--{option.name}", default=argparse.SUPPRESS, help=argparse.SUPPRESS,
                             **(dict(nargs="?", const="True") if option.type is bool else {}))
     runs, booleans = [{}], {"true": True, "1": True, "false": False, "0": False}
-    for name, text in sorted(vars(parser.parse_args(argv)).items()):    # the seed comes last: whole seeds first
+    for name, text in sorted(vars(parser.parse_args(argv)).items()):    # "seed" sorts last: whole seeds first
         kind = Config.__annotations__[name]
         try:
             values = [booleans[part.lower()] if kind is bool else kind(part)
@@ -169,7 +166,7 @@ def sequences(tokens, starts, seq_len, device):
     return rows[:, :-1], rows[:, 1:]
 
 def append_row(path, columns, row):
-    """The file's size after a row was added, as other processes may do, too. An empty file gets the columns first."""
+    """The size of a .csv file after a row was added under a lock. An empty file gets the columns first."""
     with open(path, "a", newline="") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         writer = csv.DictWriter(file, columns, lineterminator="\n")
@@ -299,7 +296,7 @@ def train(config, model, optimizer, record, progress, train_tokens, val_tokens, 
     share = config.batch_size // world_size     # sequences of a rank; a micro-batch is the largest part of it allowed
     micro = max(m for m in range(1, share + 1) if share % m == 0 and m <= (config.micro_batch_size or share))
     tokens_per_step, every = config.batch_size * config.seq_len, config.snapshot_every
-    state = dict(record, progress=progress, model=model.state_dict())   # all but Adam's on which the next step depends
+    state = dict(record, progress=progress, model=model.state_dict())   # all the next step needs, but Adam's state
     if step == 0 and config.out_dir:            # so that --resume finds this run, however early it ends
         save(folder / "ckpt.pt", **state, optimizer=optimizer.state_dict())
     if step == 0 and every:
@@ -310,7 +307,7 @@ def train(config, model, optimizer, record, progress, train_tokens, val_tokens, 
         with autocast:
             warmup_loss = ddp(*sequences(train_tokens, [0] * micro, config.seq_len, device))[1]
         warmup_loss.backward()
-        optimizer.zero_grad(set_to_none=world_size == 1)
+        optimizer.zero_grad(set_to_none=False)
     bar = tqdm(total=config.steps, initial=step, disable=rank > 0, mininterval=1 if sys.stderr.isatty() else 10)
     clock = time.perf_counter(), step           # at the last report
     while step < config.steps:
@@ -408,8 +405,9 @@ def run(given):
     tokens = config.steps * config.batch_size * config.seq_len
     epochs = tokens / len(train_tokens)
     say(f"{config.parametrization}: {model.num_params():,} parameters, {config.steps:,} steps, {tokens:,} tokens, "
-        f"{epochs:.1f} epochs of {config.data}, {config.dtype}, {world_size} × {device}" + (epochs > 4) * (
-            f"\nmore than 4 epochs teach little; new text: `python prepare_data.py fineweb_edu --tokens={tokens:.0e}`"))
+        f"{epochs:.1f} epochs of {config.data}, {config.dtype}, {world_size} × {device}")
+    if epochs > 4:
+        say(f"more than 4 epochs teach little; new text: `python prepare_data.py fineweb_edu --tokens={tokens:.0e}`")
     if config.out_dir and rank == 0:
         Path(config.out_dir).mkdir(parents=True, exist_ok=True)
         write_json(Path(config.out_dir, "config.json"), record)
