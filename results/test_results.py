@@ -57,7 +57,7 @@ def quoted():
             text = following
 
 
-@pytest.mark.parametrize("line, block", quoted(), ids=lambda text: text[:40])
+@pytest.mark.parametrize("line, block", list(quoted()), ids=lambda text: text[:40])
 def test_quoted_tables_are_what_the_commands_print(say, line, block):
     out = say(line)
     assert "\n" + block in "\n" + out, f"`python {line}` prints\n{out}"
@@ -102,7 +102,6 @@ def test_known_drift_without_noise():
     assert [verdicts[name].regret for name in ("ngpt", "nugpt")] == pytest.approx([0.03, 0], abs=1e-6)
     assert [verdicts[name].same for name in drifts] == ["No", "No", "Yes"]
     assert verdicts["nugpt"].powers == pytest.approx(dict(embedding=-0.5, hidden=-0.75, unembedding=-0.75, rescalers=0))
-    assert "-0.50 → -0.30" in text_of(rows)      # mup's embedding
 
 
 @pytest.mark.parametrize("seeds, draws, longest", [(3, 300, 3.2), (1, 200, 20)])
@@ -163,14 +162,15 @@ def test_narrow_grids_are_said_and_bound_the_regret():
 
 
 def test_diverged_runs():
-    def judged(diverges, drift=0.0):
-        rows = sweep(dict(ngpt=drift))
+    def judged(diverges, drift=0.0, end=-4):
+        rows = sweep(dict(ngpt=drift), grid=np.arange(-8.5, end + 0.1, 0.5))
         return judge([{**row, "val_loss": math.inf} if diverges(row) else row for row in rows])["ngpt"]
 
     curve = judged(lambda row: row["learning_rate"] > 2 ** -5.25).curves[96]
     assert (curve.radius, curve.add) == (1, []) and curve.optimum == pytest.approx(-6, abs=1e-6)    # symmetric window
     hot = judged(lambda row: row["learning_rate"] > 2 ** -5.75)
     assert hot.drift is None and hot.curves[96].grid == "diverges near the best"
+    assert judged(lambda row: row["learning_rate"] > 2 ** -5.75, end=-5.5).curves[96].add == []     # far enough
     dead = judged(lambda row: row["width"] == 192).curves[192]
     assert dead.add == [-9.5, -9] and dead.regret == math.inf       # nothing survives: look further left
     curve = judged(lambda row: row["seed"] == 1 and row["learning_rate"] == 2 ** -5).curves[96]
@@ -231,11 +231,11 @@ def test_search_report(tmp_path, say):
 
 def test_the_last_row_of_a_run_counts_and_a_missing_column_is_the_default(tmp_path, say):
     rows = sweep(dict(ngpt=-0.5, mup=0.2, nugpt=0.0), noise=0.002)
-    rows = [{**rows[0], "val_loss": 99, "log_every": 1}, *rows, {**rows[-1], "dtype": "bfloat16"},
+    rows = [{**rows[0], "val_loss": 0.4, "log_every": 1}, *rows, {**rows[-1], "dtype": "bfloat16"},
             {**rows[0], "learning_rate": 2.0 ** -3, "val_loss": 0.5, "status": "diverged"}]
     path = write(tmp_path / "a.csv", [{key: row[key] for key in row if key != "beta1"} for row in rows])
     out = say(f"results/verdict.py {path} --columns=ngpt,nugpt --plot={tmp_path}/a.png")
-    assert "wide enough" in out and "Yes" in out and not any(words in out for words in ("\nmup ", "99.0", "0.5000"))
+    assert "wide enough" in out and "Yes" in out and not any(words in out for words in ("\nmup ", "0.4000", "0.5000"))
     assert "bfloat16 and float32 stand side by side" in out
 
 
@@ -302,11 +302,11 @@ def test_each_map_is_taken_with_its_own_input():
 
     with torch.no_grad():
         for row, (layer, name, W, x), (_, _, W_0, x_0) in zip(rows, maps(model), maps(initial)):
-            expected = dict(layer=layer, map=name, d_in=x.size(-1)) | by_hand(W, W_0, x, x_0)
-            assert row == pytest.approx(expected, rel=1e-3)
+            expected = dict(layer=layer, d_in=x.size(-1)) | by_hand(W, W_0, x, x_0)
+            assert row.pop("map") == name and row == pytest.approx(expected, rel=1e-3)
         z, dz = model(tokens)[0], model(tokens)[0] - initial(tokens)[0]
-    logits = dict(layer=2, map="logits", rms_y=rms(z).mean().item(), rms_dy=rms(dz).mean().item())
-    assert len(rows) == 2 * 7 + 3 and rows[-1] == pytest.approx(logits)
+    logits = dict(layer=2, rms_y=rms(z).mean().item(), rms_dy=rms(dz).mean().item())
+    assert len(rows) == 2 * 7 + 3 and rows[-1].pop("map") == "logits" and rows[-1] == pytest.approx(logits)
     assert alignment.is_hidden("blocks.0.gate") and not alignment.is_hidden("adapter")
     model.unembed = lambda h: GPT.unembed(model, F.linear(h, torch.cat((model.adapter[:16], model.adapter[16:]))))
     with pytest.raises(ValueError, match="no parameter as a whole"):
@@ -333,7 +333,7 @@ def test_snapshots_give_the_definition_and_the_csv_the_same_report(tmp_path, say
                       for name in ("blocks.0.qkv", "embedding") for step in (6, 0))
     expected = by_hand(W[:32], W_0[:32], E[tokens], E_0[tokens])
     assert {key: float(row[key]) for key in expected} == pytest.approx(expected, rel=1e-3)
-    (tmp_path / "16/snapshot_00000004.pt").write_bytes(b"PK")
+    (tmp_path / "16/snapshot_00000004.pt").write_bytes((tmp_path / "16/ckpt.pt").read_bytes()[:5000])
     assert "16 cannot be measured" in say(line)
     (tmp_path / "16/snapshot_00000000.pt").unlink()
     assert "has no snapshot of step 0" in say(line)
@@ -388,7 +388,7 @@ def test_bad_input_gets_one_sentence(tmp_path, say):
 def test_bench_prints_both_models_and_their_ratio(monkeypatch, say):
     line = ("results/bench.py --width=32 --depth=1 --head_dim=8 --seq_len=16 --vocab_size=64 --batch_size=2 "
             "--device=cpu --dtype=float32 --compile=False")
-    clock = iter([0.2, 0.01, 0.004, 0.1, 0.005, 0.004] * 2)
+    clock = iter([0.2, 0.01, 0.004, 0.1, 0.02, 0.004] * 2)
     monkeypatch.setattr(bench, "seconds", lambda function, device: [function(), next(clock)][1])
     monkeypatch.setattr(bench, "TURNS", 2)
     rate, *lines = say(line).splitlines()
@@ -396,5 +396,5 @@ def test_bench_prints_both_models_and_their_ratio(monkeypatch, say):
     assert "normalized: step 210.00 ms, of which the update 10.00; 152 tokens/s" in lines[0] and "plain: " in lines[1]
     normalized, plain = (float(re.search(r"([\d.]+)·d bytes", line)[1]) for line in lines[:2])
     assert normalized > plain > 4 * 10      # the plain block keeps more than 10 vectors of d fp32 numbers
-    for line, ratio in zip(lines[2:], (2, (0.2 * 2 ** 14 + 0.01) / (0.1 * 2 ** 14 + 0.005)), strict=True):
+    for line, ratio in zip(lines[2:], (0.21 / 0.12, (0.2 * 2 ** 14 + 0.01) / (0.1 * 2 ** 14 + 0.02)), strict=True):
         assert line.startswith(f"ratio normalized/plain: {ratio:.3f} for a step of")
