@@ -15,7 +15,6 @@ import train
 
 TURNS, CALLS, LARGE_STEP = 10, 4, 2 ** 19       # turns; calls between two synchronizations; tokens of a large step
 
-
 def seconds(function, device):
     """Seconds a call, from CALLS calls between two synchronizations, after one that is not timed."""
     for calls in (1, CALLS):
@@ -25,36 +24,29 @@ def seconds(function, device):
         getattr(torch, device.type).synchronize()
     return (time.perf_counter() - start) / CALLS
 
-
 def kept_for_backward(block, h, rope):
     """Bytes that a block keeps for backward of its input h. A storage that is kept twice counts once."""
     kept = {}
-
     def pack(tensor):
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
-
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         out = block(h, rope)        # the graph of out keeps the storages, so that no address comes twice
     return sum(kept.values())
-
 
 def contestant(config, tokens, device, autocast):
     """(forward with backward, and update, as functions to time; FLOPs of a step; memory as text) of a model."""
     before = torch.cuda.memory_allocated()      # 0 without a GPU
     model, optimizer = train.build(config, device)
     forward, normalize_weights = train.maybe_compile(model, config)
-
     def forward_backward():
         optimizer.zero_grad(set_to_none=True)
         with autocast:
             loss = forward(tokens, tokens)[1]
         loss.backward()
-
     def update():
         optimizer.step()
         normalize_weights()
-
     if device.type == "cuda":
         for _ in range(2):      # the first compiles, and makes Adam's state
             torch.cuda.reset_peak_memory_stats()
@@ -69,14 +61,12 @@ def contestant(config, tokens, device, autocast):
         memory = f"{kept / tokens.numel() / config.width:.1f}·d bytes a token and block kept for backward"
     return forward_backward, update, model.flops_per_token() * tokens.numel(), memory
 
-
 def compare(configs, tokens, product, device, autocast):
     """[(seconds of forward with backward, of update, of product; FLOPs; memory), …], with all models in memory."""
     models = [contestant(config, tokens, device, autocast) for config in configs]
     turns = [[[seconds(function, device) for function in (*model[:2], product)] for model in models]
              for _ in range(TURNS)]
     return [(*map(statistics.median, zip(*times)), *model[2:]) for times, model in zip(zip(*turns), models)]
-
 
 def main():
     config = train.Config(**train.parse_args(sys.argv[1:])[0])
@@ -104,7 +94,6 @@ def main():
     for size in (tokens.numel(), LARGE_STEP):
         normalized, plain = (result[0] * size / tokens.numel() + result[1] for result in results)
         print(f"ratio normalized/plain: {normalized / plain:.3f} for a step of {size:,} tokens")
-
 
 if __name__ == "__main__":
     main()
