@@ -4,7 +4,7 @@
 #   ./sweep.sh depth      2 to 32 blocks; steps: to 16 times the steps; joint: width, depth and steps together
 #   ./sweep.sh classes    width, where η stays and the rate of one tensor class at a time is swept
 # Each ${NAME:-…} below can be set: RULES="ngpt mine" RESULTS=mine.csv ./sweep.sh width. DRY=1 prints the commands.
-# A repeated command continues, as train.py skips what RESULTS has. Repeat with a wider GRID where the verdict asks for it.
+# A repeated command continues: train.py skips what RESULTS has. Repeat with a wider GRID where the verdict asks for it.
 set -euo pipefail
 cd "$(dirname "$0")"
 axis=${1:-}
