@@ -2,8 +2,7 @@
 
     python results/bench.py --width=1024 [any option of train.py]
 
-A step is one micro-batch of random tokens: forward, backward, and the update by Adam and normalization. Times are
-medians over turns. MFU is relative to the rate of a large matrix product."""
+A step is one micro-batch of random tokens. Times are medians; MFU is relative to the rate of a large matrix product."""
 import statistics, sys, time
 from dataclasses import replace
 from pathlib import Path
@@ -26,13 +25,10 @@ def seconds(function, device):
 
 def kept_for_backward(block, h, rope):
     """Bytes that a block keeps for backward of its input h. A storage that is kept twice counts once."""
-    kept = {}
-    def pack(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = block(h, rope)        # the graph of out keeps the storages, so that no address comes twice
-    return sum(kept.values())
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        block(h, rope)
+    return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}.values())
 
 def contestant(config, tokens, device, autocast):
     """(forward with backward, and update, as functions to time; FLOPs of a step; memory as text) of a model."""
@@ -48,23 +44,21 @@ def contestant(config, tokens, device, autocast):
         optimizer.step()
         normalize_weights()
     if device.type == "cuda":
-        for _ in range(2):      # the first compiles, and makes Adam's state
-            torch.cuda.reset_peak_memory_stats()
-            forward_backward()
-            update()
+        forward_backward()
+        update()
         memory = f"peak memory {(torch.cuda.max_memory_allocated() - before) / 2 ** 30:.2f} GiB"
-    else:
-        block = torch.compile(model.blocks[0], dynamic=False, disable=forward is model)
-        h = model.embedding[tokens]
-        with autocast:      # what a second batch adds, so that weights do not count
-            kept = kept_for_backward(block, h.repeat(2, 1, 1), model.rope) - kept_for_backward(block, h, model.rope)
-        memory = f"{kept / tokens.numel() / config.width:.1f}·d bytes a token and block kept for backward"
+        torch.cuda.reset_peak_memory_stats()
+    else:       # what a second batch adds, so that weights do not count
+        block, h = torch.compile(model.blocks[0], dynamic=False, disable=not config.compile), model.embedding[tokens]
+        with autocast:
+            one, two = (kept_for_backward(block, h.repeat(n, 1, 1), model.rope) for n in (1, 2))
+        memory = f"{(two - one) / tokens.numel() / config.width:.1f}·d bytes a token and block kept for backward"
     return forward_backward, update, model.flops_per_token() * tokens.numel(), memory
 
-def compare(configs, tokens, product, device, autocast):
+def compare(configs, product, *arguments):
     """[(seconds of forward with backward, of update, of product; FLOPs; memory), …], with all models in memory."""
-    models = [contestant(config, tokens, device, autocast) for config in configs]
-    turns = [[[seconds(function, device) for function in (*model[:2], product)] for model in models]
+    models = [contestant(config, *arguments) for config in configs]
+    turns = [[[seconds(function, arguments[1]) for function in (*model[:2], product)] for model in models]
              for _ in range(TURNS)]
     return [(*map(statistics.median, zip(*times)), *model[2:]) for times, model in zip(zip(*turns), models)]
 
@@ -76,21 +70,18 @@ def main():
     shape = min(config.micro_batch_size or config.batch_size, config.batch_size), config.seq_len
     tokens, n = torch.randint(config.vocab_size, shape, device=device), 8192 if device.type == "cuda" else 2048
     a = torch.randn(n, n, device=device, dtype=getattr(torch, config.dtype))
-    configs, arguments = [config, replace(config, parametrization="gpt_sp")], (tokens, lambda: a @ a, device, autocast)
+    configs, rest = [config, replace(config, parametrization="gpt_sp")], (lambda: a @ a, tokens, device, autocast)
     try:
-        results = compare(configs, *arguments)
+        results = compare(configs, *rest)
+    except torch.OutOfMemoryError:      # both do not fit: one after the other
+        results = [compare([alone], *rest)[0] for alone in configs]
     except ValueError as error:
         sys.exit(f"bench.py: {error}")
-    except torch.OutOfMemoryError:
-        print("the two models do not fit into memory together: one after the other")
-        results = []
-    results = results or [compare([alone], *arguments)[0] for alone in configs]
     peak = 2 * n ** 3 / statistics.median(result[2] for result in results)
-    print(f"matrix product of {n} × {n}, {config.dtype}: {peak / 1e12:.3f} TFLOP/s")
     for name, (forward_backward, update, _, flops, memory) in zip(("normalized", "plain"), results):
         step = forward_backward + update
-        print(f"{name:>10}: step {1e3 * step:.2f} ms, of which the update {1e3 * update:.2f}; "
-              f"{tokens.numel() / step:,.0f} tokens/s, MFU {flops / step / peak:.1%}; {memory}")
+        print(f"{name:>10}: step {1e3 * step:.2f} ms, of which the update {1e3 * update:.2f}; {tokens.numel() / step:,.0f} "
+              f"tokens/s, MFU {flops / step / peak:.1%} of {peak / 1e12:.3f} TFLOP/s, {config.dtype}; {memory}")
     for size in (tokens.numel(), LARGE_STEP):
         normalized, plain = (result[0] * size / tokens.numel() + result[1] for result in results)
         print(f"ratio normalized/plain: {normalized / plain:.3f} for a step of {size:,} tokens")
