@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
 
@@ -22,13 +21,6 @@ def seconds(function, device):
             function()
         getattr(torch, device.type).synchronize()
     return (time.perf_counter() - start) / CALLS
-
-def kept_for_backward(block, h, rope):
-    """Bytes that a block keeps for backward of its input h. A storage that is kept twice counts once."""
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        block(h, rope)
-    return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}.values())
 
 def contestant(config, tokens, device, autocast):
     """(forward with backward, and update, as functions to time; FLOPs of a step; memory as text) of a model."""
@@ -48,19 +40,16 @@ def contestant(config, tokens, device, autocast):
         update()
         memory = f"peak memory {(torch.cuda.max_memory_allocated() - before) / 2 ** 30:.2f} GiB"
         torch.cuda.reset_peak_memory_stats()
-    else:       # what a second batch adds, so that weights do not count
-        block, h = torch.compile(model.blocks[0], dynamic=False, disable=not config.compile), model.embedding[tokens]
-        with autocast:
-            one, two = (kept_for_backward(block, h.repeat(n, 1, 1), model.rope) for n in (1, 2))
-        memory = f"{(two - one) / tokens.numel() / config.width:.1f}·d bytes a token and block kept for backward"
+    else:       # what a second batch adds, so that weights do not count; a storage that is kept twice counts once
+        block, sizes = torch.compile(model.blocks[0], dynamic=False, disable=not config.compile), []
+        for batches in (1, 2):
+            kept, h = [], model.embedding[tokens].repeat(batches, 1, 1)
+            with autocast, torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+                block(h, model.rope)
+            sizes.append(sum({s.data_ptr(): s.nbytes() for s in map(torch.Tensor.untyped_storage, kept)}.values()))
+        kept = (sizes[1] - sizes[0]) / tokens.numel() / config.width
+        memory = f"{kept:.1f}·d bytes a token and block kept for backward"
     return forward_backward, update, model.flops_per_token() * tokens.numel(), memory
-
-def compare(configs, product, *arguments):
-    """[(seconds of forward with backward, of update, of product; FLOPs; memory), …], with all models in memory."""
-    models = [contestant(config, *arguments) for config in configs]
-    turns = [[[seconds(function, arguments[1]) for function in (*model[:2], product)] for model in models]
-             for _ in range(TURNS)]
-    return [(*map(statistics.median, zip(*times)), *model[2:]) for times, model in zip(zip(*turns), models)]
 
 def main():
     config = train.Config(**train.parse_args(sys.argv[1:])[0])
@@ -70,18 +59,19 @@ def main():
     shape = min(config.micro_batch_size or config.batch_size, config.batch_size), config.seq_len
     tokens, n = torch.randint(config.vocab_size, shape, device=device), 8192 if device.type == "cuda" else 2048
     a = torch.randn(n, n, device=device, dtype=getattr(torch, config.dtype))
-    configs, rest = [config, replace(config, parametrization="gpt_sp")], (lambda: a @ a, tokens, device, autocast)
     try:
-        results = compare(configs, *rest)
-    except torch.OutOfMemoryError:      # both do not fit: one after the other
-        results = [compare([alone], *rest)[0] for alone in configs]
+        models = [contestant(replace(config, parametrization=name), tokens, device, autocast)
+                  for name in (config.parametrization, "gpt_sp")]
     except ValueError as error:
         sys.exit(f"bench.py: {error}")
-    peak = 2 * n ** 3 / statistics.median(result[2] for result in results)
+    turns = [[[seconds(part, device) for part in (*model[:2], lambda: a @ a)] for model in models]
+             for _ in range(TURNS)]
+    results = [(*map(statistics.median, zip(*times)), *model[2:]) for times, model in zip(zip(*turns), models)]
+    peak = 2 * n ** 3 / statistics.median(result[2] for result in results)      # FLOP/s
     for name, (forward_backward, update, _, flops, memory) in zip(("normalized", "plain"), results):
-        step = forward_backward + update
-        print(f"{name:>10}: step {1e3 * step:.2f} ms, of which the update {1e3 * update:.2f}; {tokens.numel() / step:,.0f} "
-              f"tokens/s, MFU {flops / step / peak:.1%} of {peak / 1e12:.3f} TFLOP/s, {config.dtype}; {memory}")
+        step, rate = forward_backward + update, tokens.numel() / (forward_backward + update)
+        print(f"{name:>10}: step {1e3 * step:.2f} ms, of which the update {1e3 * update:.2f}; {rate:,.0f} tokens/s, "
+              f"MFU {flops / step / peak:.1%} of {peak / 1e12:.3f} TFLOP/s, {config.dtype}; {memory}")
     for size in (tokens.numel(), LARGE_STEP):
         normalized, plain = (result[0] * size / tokens.numel() + result[1] for result in results)
         print(f"ratio normalized/plain: {normalized / plain:.3f} for a step of {size:,} tokens")
