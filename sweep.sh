@@ -1,19 +1,23 @@
 #!/usr/bin/env bash
-# Sweep the learning rate η over several sizes of a model, then judge whether the best η stays where it is.
+# Tune the base, or sweep the learning rate η over several sizes of a model and judge whether the best η stays.
+#   ./sweep.sh base       N settings (5 or more) out of RANGES with one seed, the best five with the other seeds, too
 #   ./sweep.sh laptop     width 48 to 192, one seed: under 30 minutes on two cores; width: to 384, three seeds
 #   ./sweep.sh depth      2 to 32 blocks; steps: to 16 times the steps; joint: width, depth and steps together
 #   ./sweep.sh classes    width, where η stays and the rate of one tensor class at a time is swept
 # Each ${NAME:-…} below can be set: RULES="ngpt mine" RESULTS=mine.csv ./sweep.sh width. DRY=1 prints the commands.
-# A repeated command continues: train.py skips what RESULTS has. Repeat with a wider GRID where the verdict asks for it.
+# A repeated command continues: train.py skips what RESULTS has. Widen GRID or RANGES where the verdict asks for it.
 set -euo pipefail
 cd "$(dirname "$0")"
-axis=${1:-}
+axis=${1:-} name=${1:-}
 export GPUS=${GPUS-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | xargs || true)}
 # width, steps, head_dim, seq_len, batch_size; widths of 48·2^k make the MLP's 8/3 · width exact at every size
 [ -n "$GPUS" ] && [ "$axis" != laptop ] && set -- 192 2000 48 512 64 || set -- 48 400 24 128 16
 W=${WIDTH:-$1} T=${STEPS:-$2} HEAD_DIM=${HEAD_DIM:-$3} SEQ_LEN=${SEQ_LEN:-$4} BATCH_SIZE=${BATCH_SIZE:-$5}
+ranges="learning_rate=-8:-4 alpha_init=-6:-1 embedding_lr_mult=-5:1 unembedding_lr_mult=-5:1"       # these are log2
+plain="learning_rate=-8:-4 weight_decay=-6:0 embedding_lr_mult=-1:6 unembedding_lr_mult=-1:4"
 D=${DEPTH:-4} rules="ngpt nugpt" seeds="0 1 2" grid="-7 -6.5 -6 -5.5 -5 -4.5" ngpt_grid="-8.5 -8 -7.5 -7 -6.5 -6 -5.5"
 case $axis in      # sizes are width:depth:steps
+    base)    sizes="$W:$D:$T" RULES=${RULES:-nugpt} name=base_$RULES; case $RULES in gpt_*) ranges=$plain ;; esac ;;
     laptop)  sizes="$W:$D:$T $((2*W)):$D:$T $((4*W)):$D:$T" seeds=0 ;;
     width)   sizes="$W:$D:$T $((2*W)):$D:$T $((4*W)):$D:$T $((8*W)):$D:$T" rules="ngpt nugpt nugpt_full" ;;
     depth)   sizes="$W:2:$T $W:8:$T $W:32:$T" rules="ngpt nugpt depth_mup" ngpt_grid=$grid ;;
@@ -22,8 +26,8 @@ case $axis in      # sizes are width:depth:steps
     classes) sizes="$W:$D:$T $((4*W)):$D:$T" rules=nugpt grid="-2 -1 0 1 2" ;;
     *)       sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p;}' "$0" >&2; exit 2 ;;
 esac
-SIZES=${SIZES:-$sizes} RULES=${RULES:-$rules} SEEDS=${SEEDS:-$seeds} RESULTS=${RESULTS:-out/sweeps/$axis.csv}
-PICTURE=${PICTURE:-${RESULTS%.csv}.png} GRID=${GRID:-$grid} NGPT_GRID=${NGPT_GRID:-$ngpt_grid}      # grids are log2
+SIZES=${SIZES:-$sizes} RULES=${RULES:-$rules} SEEDS=${SEEDS:-$seeds} RESULTS=${RESULTS:-out/sweeps/$name.csv}
+PICTURE=${PICTURE:-${RESULTS%.csv}.png} GRID=${GRID:-$grid} NGPT_GRID=${NGPT_GRID:-$ngpt_grid}
 IFS=: read -r base_width base_depth base_steps <<< "${BASE:=${SIZES%% *}}"
 shared="--head_dim=$HEAD_DIM --seq_len=$SEQ_LEN --batch_size=$BATCH_SIZE --micro_batch_size=0 --base_width=$base_width
  --base_depth=$base_depth --base_steps=$base_steps --alpha_init=${ALPHA_INIT:-0.05} --out_dir= --sample_tokens=0
@@ -31,25 +35,25 @@ shared="--head_dim=$HEAD_DIM --seq_len=$SEQ_LEN --batch_size=$BATCH_SIZE --micro
  --eval_tokens=${EVAL_TOKENS:-262144} --data=${DATA:-data/stdlib} --results=$RESULTS ${TRAIN_OPTIONS:-}"
 powers() { for x in $1; do awk "BEGIN {printf \"%.17g\n\", ${2:-1} * 2 ^ $x}"; done | paste -sd,; }
 
+search() {      # N settings that fill the ranges evenly, the same ones every time (Kronecker's sequence)
+    awk -v n="${N:-40}" -v ranges="${RANGES:-$ranges}" 'BEGIN { fields = split(ranges, r, /[ =:]+/)
+        for (i = 1; i <= n; i++) { for (j = 1; 3 * j <= fields; j++) printf "--%s=%.4g ", r[3*j-2],
+            2 ^ (r[3*j-1] + (r[3*j] - r[3*j-1]) * (i / 1.1673^j % 1)); print "" } }'
+}
+classes() {
+    for class in ${CLASSES:-embedding hidden unembedding rescalers}; do
+        center=$(grep -oP "(?<=--${class}_lr_mult=)\S+" <<< "$shared" || echo 1)
+        powers "$GRID" "$center" | tr , '\n' | sed "s/^/--learning_rate=$(powers "${ETA:--5.5}") --${class}_lr_mult=/"
+    done
+}
 jobs() {    # options, a line a process, which makes all runs of its lists and compiles once; the largest models first
     for size in $(tr ' ' '\n' <<< "$SIZES" | sort -t: -k1,1nr -k2,2nr -k3,3nr); do
         IFS=: read -r width depth steps <<< "$size"
         for rule in $RULES; do
-            case $size:$rule in     # at the base the table's normalized columns are the same runs: the first makes them
-                $BASE:ngpt | $BASE:mup | $BASE:depth_mup | $BASE:nugpt | $BASE:nugpt_full | $BASE:nugpt_none)
-                    [ -z "${made:-}" ] || continue; made=yes ;;
-            esac
             rates=$([ "$rule" = ngpt ] && [ "$size" != "$BASE" ] && echo "$NGPT_GRID" || echo "$GRID")
             model="$(echo $shared) --parametrization=$rule --width=$width --depth=$depth --steps=$steps"
-            if [ "$axis" != classes ]; then
-                for seed in $SEEDS; do echo "$model --learning_rate=$(powers "$rates") --seed=$seed"; done
-                continue
-            fi
-            for class in ${CLASSES:-embedding hidden unembedding rescalers}; do
-                center=$(grep -oP "(?<=--${class}_lr_mult=)\S+" <<< "$model" || echo 1)
-                for mult in $(powers "$GRID" "$center" | tr , ' '); do
-                    echo "$model --learning_rate=$(powers "${ETA:--5.5}") --${class}_lr_mult=$mult --seed=${SEEDS// /,}"
-                done
+            for seed in $SEEDS; do
+                sed "s|^|$model |; s|$| --seed=$seed|" <<< "${settings:---learning_rate=$(powers "$rates")}"
             done
         done
     done
@@ -60,10 +64,18 @@ run() {     # $1: options of a process. A diverged run, exit code 3, is a result
     OMP_NUM_THREADS=1 $PYTHON train.py $1 2> "$log" | grep -E --line-buffered '^(final|skipped)' | sed -u "s|^|$what |"
     case ${PIPESTATUS[0]} in 0 | 3) ;; *) echo "$what: $(tr '\r' '\n' < "$log" | tail -n 1)" >> "$tmp/failed" ;; esac
 }
+run_all() {
+    if [ -n "${DRY:-}" ]; then jobs | sed "s|^|OMP_NUM_THREADS=1 $PYTHON train.py |"; exit; fi
+    jobs | xargs -P "${JOBS:-$slots}" --process-slot-var=SLOT -d '\n' -n 1 bash -c 'run "$1"' run
+    if [ -s "$tmp/failed" ]; then echo "failed, and tried again by the same command:" && cat "$tmp/failed"; fi
+}
 export PYTHON=${PYTHON:-python} tmp=$(mktemp -d) && export -f run
 trap 'rm -rf "$tmp"' EXIT
-if [ -n "${DRY:-}" ]; then jobs | sed "s|^|OMP_NUM_THREADS=1 $PYTHON train.py |"; exit; fi
 slots=$(set -- $GPUS; [ $# -gt 0 ] && echo $(($# * ${PER_GPU:-1})) || nproc)
-jobs | xargs -P "${JOBS:-$slots}" --process-slot-var=SLOT -d '\n' -n 1 bash -c 'run "$1"' run
-if [ -s "$tmp/failed" ]; then echo "failed, and tried again by the same command:" && cat "$tmp/failed"; fi
+settings=$([ "$axis" != classes ] || classes)
+if [ "$axis" = base ]; then
+    settings=$(search) && SEEDS=${SEEDS%% *} run_all
+    settings=$($PYTHON results/verdict.py "$RESULTS" | grep -o -- '--learning_rate.*') SEEDS=${SEEDS#* }
+fi
+run_all
 $PYTHON results/verdict.py "$RESULTS" --control="${CONTROL:-ngpt}" --plot="$PICTURE" && [ ! -s "$tmp/failed" ]

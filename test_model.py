@@ -803,11 +803,11 @@ def test_sweep_prints_or_runs_its_grid_names_what_failed_and_goes_on(data, tmp_p
                               env={**os.environ, **{key: str(setting) for key, setting in env.items()}})
     dry = sweep(DRY=1).stdout.splitlines()
     sizes = [re.search(r"=(\w+) --width=(\d+) .*=(\S+) --seed=(\d)", command).groups() for command in dry]
-    nugpt, ngpt = "0.015625,0.03125,1048576", "0.0078125,0.015625"      # at the base the columns are the same runs
-    both = lambda width: [("ngpt", width, ngpt), ("nugpt", width, nugpt)]
-    assert sizes == [(*size, seed) for size in (*both("32"), *both("20"), ("ngpt", "16", nugpt)) for seed in "01"]
+    nugpt, ngpt = "0.015625,0.03125,1048576", "0.0078125,0.015625"      # ngpt has a grid of its own, but at the base
+    both = lambda width, ngpt=ngpt: [("ngpt", width, ngpt), ("nugpt", width, nugpt)]
+    assert sizes == [(*size, seed) for size in (*both("32"), *both("20"), *both("16", nugpt)) for seed in "01"]
     one_class = sweep("classes", DRY=1, RULES="nugpt", CLASSES="hidden unembedding", GRID="-1 1").stdout
-    assert re.findall(r"--(\w+_lr_mult=\S+) --seed=0,1", one_class) == [
+    assert re.findall(r"--(\w+_lr_mult=\S+) --seed=0", one_class) == [
         "hidden_lr_mult=0.5", "hidden_lr_mult=2", "unembedding_lr_mult=0.25", "unembedding_lr_mult=1"] * 3
     for _ in range(2):
         done = sweep(SEEDS="0", RULES="nugpt")
@@ -815,6 +815,11 @@ def test_sweep_prints_or_runs_its_grid_names_what_failed_and_goes_on(data, tmp_p
         assert done.returncode == failed.count("train.py: width must be a positive multiple of head_dim=8") == 1
         assert len(read_csv(tmp_path / "a.csv")) == 6 and "best η?" in done.stdout and (tmp_path / "a.png").exists()
     assert done.stdout.count("skipped") == 6 and not done.stdout.count("final:")
+    base = sweep("base", N=6, SIZES="16:1:4", RULES="nugpt", RANGES="learning_rate=-7:-5 alpha_init=-5:-2",
+                 RESULTS=tmp_path / "base.csv")
+    rows = read_csv(tmp_path / "base.csv")
+    assert base.returncode == 0 and (tmp_path / "base.png").exists()
+    assert [len({row["alpha_init"] for row in rows if row["seed"] == seed}) for seed in "012"] == [6, 5, 0]
 
 
 def test_the_readmes_table_is_the_one_that_is_used():

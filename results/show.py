@@ -68,12 +68,12 @@ def report(axis, verdicts, control):
 
 
 def report_search(ranked, scatter, keys):
-    """The best runs of a search, the ranges in whose outer tenth the best lies, and the options to paste, as text."""
+    """The best runs of a search, as options to paste, and the ranges in whose outer tenth the best lies, as text."""
     best, _, chosen = ranked[0]
     unit = "nats" if math.isnan(scatter) else f"scatters of a seed, {scatter:.4f} nats"
-    lines = [table(("loss", "over the best", "seeds", *keys), *(
+    lines = [table(("loss", "over the best", "seeds", "options to paste"), *(
         (f"{loss:.4f}", f"{loss - best:.4f}" if math.isnan(scatter) else f"{(loss - best) / scatter:.1f}", str(seeds),
-         *(f"{value:.4g}" for value in values)) for loss, seeds, values in ranked[:5]))]
+         " ".join(f"--{key}={value:.4g}" for key, value in zip(keys, values))) for loss, seeds, values in ranked[:5]))]
     for i, key in enumerate(keys):
         tried = [values[i] for _, _, values in ranked if values[i] > 0]
         low, high = min(tried), max(tried)
@@ -82,8 +82,8 @@ def report_search(ranked, scatter, keys):
             where = "downwards" if place < 0.5 else "upwards"
             lines.append(f"widen {key} {where}: the best is {chosen[i]:.3g} of {low:.3g} to {high:.3g}")
     diverged = sum(loss == math.inf for loss, _, _ in ranked)
-    return "\n".join((*lines, f"{len(ranked)} settings, {diverged} diverged. Over the best: in {unit}. The best:",
-                      " ".join(f"--{key}={value:.4g}" for key, value in zip(keys, chosen))))
+    return "\n".join((*lines, f"{len(ranked)} settings, {diverged} diverged. Over the best: in {unit}.",
+                      "Settings that ran with more seeds stand first: the best of many by one seed was lucky, too."))
 
 
 def report_alignment(name, runs):

@@ -238,8 +238,8 @@ def searched(runs):
 
 
 def rank(runs, keys):
-    """([(loss at the seeds' common level, number of seeds, values of keys)] best first, a seed's scatter in nats). The
-    scatter is nan where fewer than two settings ran with several seeds. Raises ValueError."""
+    """([(loss at the seeds' common level, number of seeds, values of keys)], a seed's scatter in nats). Most seeds come
+    first, then the best. The scatter is nan if fewer than two settings ran with several seeds. Raises ValueError."""
     check_one_sweep(runs, keys)
     settings = [tuple(run[key] for key in keys) for run in runs]
     tried = list(dict.fromkeys(settings))
@@ -248,7 +248,8 @@ def rank(runs, keys):
     variances = np.nanvar(loss[:, (seeds > 1) & ~np.isinf(loss).any(0)], axis=0, ddof=1)
     freedom = len(variances) - 1        # the seeds' levels took one
     scatter = math.sqrt(variances.sum() / freedom) if freedom > 0 else math.nan
-    return sorted(zip(np.nanmean(loss, axis=0).tolist(), seeds.tolist(), tried)), scatter
+    ranked = zip(np.nanmean(loss, axis=0).tolist(), seeds.tolist(), tried)
+    return sorted(ranked, key=lambda setting: (-setting[1], setting[0])), scatter
 
 
 def main():
