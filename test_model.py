@@ -8,6 +8,7 @@ import csv, gzip, hashlib, http.server, io, itertools, json, math, multiprocessi
 import signal, socket, subprocess, sys, threading, time
 from dataclasses import fields
 from datetime import timedelta
+from importlib.metadata import version
 from pathlib import Path
 from unittest import mock
 
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import tiktoken
 import torch
+from packaging.requirements import Requirement
 
 import parametrize as parametrize_py
 import prepare_data
@@ -465,6 +467,12 @@ def test_compiled_run_saves_plain_names(data, tmp_path, monkeypatch):
     assert log(tmp_path / "wrapped") == log(tmp_path / "eager")
 
 
+def test_without_python_h_a_run_says_so_and_goes_on_uncompiled(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "sysconfig", mock.Mock(get_paths=lambda: {"include": str(tmp_path)}))
+    assert run(*options(data, "", compile=True)) == 0
+    assert f"{tmp_path}/Python.h (python3-dev): going on uncompiled" in capsys.readouterr().out
+
+
 def test_diverged_run_says_so_and_keeps_the_last_good_checkpoint(data, tmp_path):
     assert run(*options(data, tmp_path, learning_rate=1e6, checkpoint_every=1)) == 3
     assert log(tmp_path)[-1]["status"] == "diverged"
@@ -833,6 +841,14 @@ def test_the_readmes_table_is_the_one_that_is_used():
         shown |= {row: dict(zip(columns, cells)) for row in rows.split(", ")}
     assert columns == list(table) and shown == {row: {name: table[name][row] for name in table} for row in shown}
     assert {row for row in table["nugpt"] if any(table[name][row] != "1" for name in table)} <= shown.keys()
+
+
+def test_requirements_allow_what_runs_here_and_not_what_is_known_to_fail():
+    lines = [line.split("#")[0] for line in (HERE / "requirements.txt").read_text().splitlines()]
+    allowed = {wanted.name: wanted.specifier for wanted in map(Requirement, lines)}
+    assert allowed.keys() == set("torch numpy tiktoken requests tqdm pytest matplotlib".split())
+    assert all(version(name) in specifier for name, specifier in allowed.items())
+    assert "2.5.0" not in allowed["torch"]      # cuDNN attention's gradients can be NaN (pytorch#138649)
 
 
 # ---------------------------------------------------------------- prepare_data.py: text and token files

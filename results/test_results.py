@@ -386,15 +386,23 @@ def test_bad_input_gets_one_sentence(tmp_path, say):
 
 
 def test_bench_prints_both_models_and_their_ratio(monkeypatch, say):
-    line = ("results/bench.py --width=32 --depth=1 --head_dim=8 --seq_len=16 --vocab_size=64 --batch_size=2 "
-            "--device=cpu --dtype=float32 --compile=False")
-    clock = iter([0.2, 0.01, 0.004, 0.1, 0.02, 0.004] * 2)
+    command = ("results/bench.py --width=32 --depth=1 --head_dim=8 --seq_len=16 --vocab_size=64 --batch_size=2 "
+               "--device=cpu --dtype=float32 --compile=False")
+    clock, build, builds = iter([0.2, 0.01, 0.004, 0.1, 0.02, 0.004] * 2), bench.contestant, itertools.count()
     monkeypatch.setattr(bench, "seconds", lambda function, device: [function(), next(clock)][1])
     monkeypatch.setattr(bench, "TURNS", 2)
-    lines = say(line).splitlines()
+    lines = say(command).splitlines()
     assert f" of {2 * 2048 ** 3 / 0.004 / 1e12:.3f} TFLOP/s" in lines[0] and next(clock, None) is None
     assert "normalized: step 210.00 ms, of which the update 10.00; 152 tokens/s" in lines[0] and "plain: " in lines[1]
     normalized, plain = (float(re.search(r"([\d.]+)·d bytes", line)[1]) for line in lines[:2])
     assert normalized > plain > 4 * 10      # the plain block keeps more than 10 vectors of d fp32 numbers
     for line, ratio in zip(lines[2:], (0.21 / 0.12, (0.2 * 2 ** 14 + 0.01) / (0.1 * 2 ** 14 + 0.02)), strict=True):
         assert line.startswith(f"ratio normalized/plain: {ratio:.3f} for a step of")
+
+    def second_does_not_fit(*args):
+        if next(builds) == 1:
+            raise torch.OutOfMemoryError
+        return build(*args)
+    monkeypatch.setattr(bench, "contestant", second_does_not_fit)
+    clock = iter([0.2, 0.01, 0.004] * 2 + [0.1, 0.02, 0.004] * 2)
+    assert say(command).splitlines()[1:] == lines
