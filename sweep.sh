@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Tune the base, or sweep the learning rate η over several sizes of a model and judge whether the best η stays.
 #   ./sweep.sh base       N settings (5 or more) out of RANGES with one seed, the best five with the other seeds, too
-#   ./sweep.sh laptop     width 48 to 192, one seed: under 30 minutes on two cores; width: to 384, three seeds
+#   ./sweep.sh laptop     width 48 to 144, one seed: under 30 minutes on two cores; width: to 384, three seeds
 #   ./sweep.sh depth      2 to 32 blocks; steps: to 16 times the steps; joint: width, depth and steps together
 #   ./sweep.sh classes    width, where η stays and the rate of one tensor class at a time is swept
 # Each ${NAME:-…} below can be set: RULES="ngpt mine" RESULTS=mine.csv ./sweep.sh width. DRY=1 prints the commands.
@@ -10,15 +10,16 @@ set -euo pipefail
 cd "$(dirname "$0")"
 axis=${1:-} name=${1:-}
 export GPUS=${GPUS-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | xargs || true)}
-# width, steps, head_dim, seq_len, batch_size; widths of 48·2^k make the MLP's 8/3 · width exact at every size
-[ -n "$GPUS" ] && [ "$axis" != laptop ] && set -- 192 2000 48 512 64 || set -- 48 400 24 128 16
+# width, steps, head_dim, seq_len, batch_size, constants of embedding and unembedding (tuned for the small one's text
+# and size, the papers' for a GPU); widths of 48·2^k make the MLP's 8/3 · width exact at every size
+[ -n "$GPUS" ] && [ "$axis" != laptop ] && set -- 192 2000 48 512 64 1 0.5 || set -- 48 400 24 128 16 0.25 0.125
 W=${WIDTH:-$1} T=${STEPS:-$2} HEAD_DIM=${HEAD_DIM:-$3} SEQ_LEN=${SEQ_LEN:-$4} BATCH_SIZE=${BATCH_SIZE:-$5}
 ranges="learning_rate=-8:-4 alpha_init=-6:-1 embedding_lr_mult=-5:1 unembedding_lr_mult=-5:1"       # these are log2
 plain="learning_rate=-8:-4 weight_decay=-6:0 embedding_lr_mult=-1:6 unembedding_lr_mult=-1:4"
 D=${DEPTH:-4} rules="ngpt nugpt" seeds="0 1 2" grid="-7 -6.5 -6 -5.5 -5 -4.5" ngpt_grid="-8.5 -8 -7.5 -7 -6.5 -6 -5.5"
 case $axis in      # sizes are width:depth:steps
     base)    sizes="$W:$D:$T" RULES=${RULES:-nugpt} name=base_$RULES; case $RULES in gpt_*) ranges=$plain ;; esac ;;
-    laptop)  sizes="$W:$D:$T $((2*W)):$D:$T $((4*W)):$D:$T" seeds=0 ;;
+    laptop)  sizes="$W:$D:$T $((2*W)):$D:$T $((3*W)):$D:$T" seeds=0 ngpt_grid="-8 -7.5 -7 -6.5 -6 -5.5 -5" ;;
     width)   sizes="$W:$D:$T $((2*W)):$D:$T $((4*W)):$D:$T $((8*W)):$D:$T" rules="ngpt nugpt nugpt_full" ;;
     depth)   sizes="$W:2:$T $W:8:$T $W:32:$T" rules="ngpt nugpt depth_mup" ngpt_grid=$grid ;;
     steps)   sizes="$W:$D:$T $W:$D:$((2*T)) $W:$D:$((4*T)) $W:$D:$((8*T)) $W:$D:$((16*T))" rules=nugpt ;;
@@ -31,14 +32,15 @@ PICTURE=${PICTURE:-${RESULTS%.csv}.png} GRID=${GRID:-$grid} NGPT_GRID=${NGPT_GRI
 IFS=: read -r base_width base_depth base_steps <<< "${BASE:=${SIZES%% *}}"
 shared="--head_dim=$HEAD_DIM --seq_len=$SEQ_LEN --batch_size=$BATCH_SIZE --micro_batch_size=0 --base_width=$base_width
  --base_depth=$base_depth --base_steps=$base_steps --alpha_init=${ALPHA_INIT:-0.05} --out_dir= --sample_tokens=0
- --embedding_lr_mult=${EMBEDDING_LR_MULT:-1} --unembedding_lr_mult=${UNEMBEDDING_LR_MULT:-0.5} --eval_every=1000000
+ --embedding_lr_mult=${EMBEDDING_LR_MULT:-$6} --unembedding_lr_mult=${UNEMBEDDING_LR_MULT:-$7} --eval_every=1000000
  --eval_tokens=${EVAL_TOKENS:-262144} --data=${DATA:-data/stdlib} --results=$RESULTS ${TRAIN_OPTIONS:-}"
 powers() { for x in $1; do awk "BEGIN {printf \"%.17g\n\", ${2:-1} * 2 ^ $x}"; done | paste -sd,; }
 
-search() {      # N settings that fill the ranges evenly, the same ones every time (Kronecker's sequence)
+search() {      # N settings that fill the ranges evenly, the same ones every time: multiples of √2, √3, √5, … modulo 1
     awk -v n="${N:-40}" -v ranges="${RANGES:-$ranges}" 'BEGIN { fields = split(ranges, r, /[ =:]+/)
+        split("2 3 5 7 11 13 17", prime, " ")
         for (i = 1; i <= n; i++) { for (j = 1; 3 * j <= fields; j++) printf "--%s=%.4g ", r[3*j-2],
-            2 ^ (r[3*j-1] + (r[3*j] - r[3*j-1]) * (i / 1.1673^j % 1)); print "" } }'
+            2 ^ (r[3*j-1] + (r[3*j] - r[3*j-1]) * (i * sqrt(prime[j]) % 1)); print "" } }'
 }
 classes() {
     for class in ${CLASSES:-embedding hidden unembedding rescalers}; do

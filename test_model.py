@@ -405,6 +405,16 @@ def test_parametrize_prints_the_table_and_one_models_numbers(capsys, monkeypatch
 
 # ---------------------------------------------------------------- train.py: the loop
 
+def test_schedules_are_the_curves_worked_out_by_hand():
+    def rates(schedule, **changes):
+        config = train.Config(schedule=schedule, steps=10, **changes)
+        return pytest.approx([train.schedule(step, config) for step in (0, 1, 5, 8, 9)])
+    assert [1, 0.91, 0.55, 0.28, 0.19] == rates("linear")
+    assert [1, 1, 1, 1, 0.55] == rates("wsd")
+    assert [1, 1, 1, 0.5, 0.25] == rates("wsd", decay_fraction=0.4, min_lr_ratio=0)
+    assert [1 / 3, 2 / 3, 0.5, 0.2, 0.1] == rates("linear", warmup_steps=2, min_lr_ratio=0)
+
+
 @pytest.mark.parametrize("freeze_alpha", (False, True))
 def test_train_takes_adams_steps_at_the_tables_rates_on_a_cosine(freeze_alpha, data, tmp_path):
     changes = dict(embedding_lr_mult=2, hidden_lr_mult=1.5, unembedding_lr_mult=0.7, rescalers_lr_mult=0.6)
@@ -674,7 +684,8 @@ REFUSALS = {        # option: what the sentence says
     "--embedding_lr_mult=-2": "at least 0, or -1", "--dtype=float16": "float32", "--device=tpu": "auto, cuda",
     "--parametrization=sp": "ngpt, mup, depth_mup, nugpt_full, nugpt_none, nugpt", "--device=cuda": "sees 0",
     "--seq_len=4000": "more than seq_len", "--data=nowhere": "prepare_data.py",
-    "--depth=0": "at least 1", "--snapshot_every=-1": "at least 0", "--sample_only": "--resume"}
+    "--schedule=step": "cosine, linear or wsd", "--decay_fraction=0": "at most 1", "--depth=0": "at least 1",
+    "--snapshot_every=-1": "at least 0", "--sample_only": "--resume"}
 
 
 @pytest.mark.parametrize("option", REFUSALS)
@@ -816,7 +827,7 @@ def test_sweep_prints_or_runs_its_grid_names_what_failed_and_goes_on(data, tmp_p
     assert sizes == [(*size, seed) for size in (*both("32"), *both("20"), *both("16", nugpt)) for seed in "01"]
     one_class = sweep("classes", DRY=1, RULES="nugpt", CLASSES="hidden unembedding", GRID="-1 1").stdout
     assert re.findall(r"--(\w+_lr_mult=\S+) --seed=0", one_class) == [
-        "hidden_lr_mult=0.5", "hidden_lr_mult=2", "unembedding_lr_mult=0.25", "unembedding_lr_mult=1"] * 3
+        "hidden_lr_mult=0.5", "hidden_lr_mult=2", "unembedding_lr_mult=0.0625", "unembedding_lr_mult=0.25"] * 3
     for _ in range(2):
         done = sweep(SEEDS="0", RULES="nugpt")
         failed = done.stdout.split("failed, and tried again")[1]        # width 20 is no multiple, and stops nobody

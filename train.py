@@ -48,12 +48,14 @@ class Config:
     unembedding_lr_mult: float = -1.0   # multiplies the unembedding's learning rate; -1: the table's unembedding_mult
     rescalers_lr_mult: float = 1.0      # multiplies the learning rate of the rescalers
     freeze_alpha: bool = False          # an ablation: the eigen learning rates α stay where they start
-    # optimization: Adam and a cosine; a normalized Transformer needs no warm-up, weight decay or gradient clipping
+    # optimization: Adam; a normalized Transformer needs no warm-up, weight decay or gradient clipping
     learning_rate: float = 0.0028       # η, the peak at the base (results/default_lr.csv); with commas: a run each
     steps: int = BASE_STEPS             # optimizer steps
     batch_size: int = 64                # sequences a step, over all ranks and micro-batches
     micro_batch_size: int = free(16)    # sequences a forward on one rank, at most; 0: the rank's whole share at once
-    min_lr_ratio: float = 0.1           # where the cosine ends, as a fraction of the peak
+    schedule: str = "cosine"            # of the learning rate: cosine, linear, or wsd: constant, then linear
+    decay_fraction: float = 0.2         # the part of the steps in which wsd decays
+    min_lr_ratio: float = 0.1           # where the schedule ends, as a fraction of the peak
     warmup_steps: int = 0               # steps of linear warm-up; the plain GPT needs some
     weight_decay: float = 0.0           # of the matrices; the plain GPT needs some
     beta1: float = 0.9                  # Adam's decay of the first moment
@@ -131,6 +133,8 @@ def check(config):
             ("batch_size", f"a multiple of the number of processes, {world_size}", lambda v: v % world_size == 0),
             ("out_dir", "a folder for resume and snapshot_every",
              lambda v: v or not (config.resume or config.snapshot_every)),
+            ("decay_fraction", "more than 0 and at most 1", lambda v: 0 < v <= 1),
+            ("schedule", "cosine, linear or wsd", lambda v: v in ("cosine", "linear", "wsd")),
             ("dtype", "auto, float32 or bfloat16", lambda v: v in ("auto", "float32", "bfloat16")),
             ("device", f"auto, cuda or cpu (cuda: a GPU for each process, and PyTorch sees {gpus})",
              lambda v: v == "cpu" or v == "auto" and not gpus or v in ("auto", "cuda") and local_rank < gpus)):
@@ -251,10 +255,13 @@ def maybe_compile(model, config):
     return [torch.compile(part, disable=not (config.compile and possible)) for part in (model, model.normalize_weights)]
 
 def schedule(step, config):
-    """What multiplies the learning rate: after warm-up, if any, a cosine that ends at min_lr_ratio."""
+    """What multiplies the learning rate: warm-up, if any; then the schedule, which ends at min_lr_ratio."""
     if step < config.warmup_steps:
         return (step + 1) / (config.warmup_steps + 1)
-    return config.min_lr_ratio + (1 - config.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * step / config.steps))
+    left = 1 - step / config.steps
+    decay = dict(cosine=0.5 * (1 + math.cos(math.pi * step / config.steps)), linear=left,
+                 wsd=min(1, left / config.decay_fraction))
+    return config.min_lr_ratio + (1 - config.min_lr_ratio) * decay[config.schedule]
 
 def evaluate(model, forward, tokens, micro, config, autocast):
     """{val_loss: nats a token over the windows of validation_starts, and the means of |α_A|, |α_M| and s_z}."""
