@@ -368,9 +368,9 @@ def test_bad_input_gets_one_sentence(tmp_path, say):
     bad_tables = {
         "verdict.py --axis=width --columns=ngpt,nugpt_full": {
             "has no rows": [], "parameters is None": [dict(a=1)], "width is '0'": [{**rows[0], "width": 0}],
-            "batch_size is 16 and 32": [{**rows[0], "batch_size": 16}, {**rows[1], "batch_size": 32}],
+            "head_dim is 16 and 32": [{**rows[0], "head_dim": 16}, {**rows[1], "head_dim": 32}],
             "in ngpt's runs of 400 steps": [*rows, {**rows[0], "warmup_steps": 40}],
-            "width 48 differ in depth": [*rows, {**rows[0], "depth": 9, "val_loss": 3}],
+            "width 48 differ in depth, batch_size": [*rows, {**rows[0], "depth": 9, "batch_size": 8}],
             "beta1 is 0.9 and 0.8": [*search(), {**search()[0], "beta1": 0.8}], "not of nugpt_full": rows},
         "alignment.py": {
             "is there twice": [*maps, maps[0]], "another depth or length": [*maps, {**maps[0], "steps": 40, "seed": 7}],

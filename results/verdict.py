@@ -24,9 +24,10 @@ import show
 from train import MATHEMATICS, Config
 
 SIZES = ["width", "depth", "steps", "base_width", "base_depth", "base_steps"]
+AXES = ["width", "depth", "steps", "batch_size"]
 MULTS = [f"{tensors}_lr_mult" for tensors in rules.TENSOR_CLASSES]
-VARYING = ["parametrization", "width", "depth", "steps", "learning_rate", "seed", "dtype"]      # within a sweep
-RECIPE = ["warmup_steps", "weight_decay"]       # may differ between columns and lengths: a plain GPT needs some
+VARYING = ["parametrization", *AXES, "learning_rate", "seed", "dtype"]      # within a sweep
+RECIPE = ["warmup_steps", "weight_decay", "beta1", "beta2"]     # may differ between columns and lengths
 SEARCHED = ["learning_rate", "alpha_init", *MULTS, "weight_decay"]
 
 parametrize = functools.cache(rules.parametrize)
@@ -43,7 +44,7 @@ def read_results(path):
         run = {key: str(cell) for key, cell in {**vars(Config()), **row}.items()}
         if run.get("status") == "diverged":
             run["val_loss"] = "inf"
-        for key in (*SIZES, *SEARCHED, "seed", "parameters", "val_loss"):
+        for key in (*SIZES, *SEARCHED, "batch_size", "seed", "parameters", "val_loss"):
             try:
                 run[key] = float(run[key])
             except (KeyError, ValueError):
@@ -205,7 +206,7 @@ def judge(runs, axis=None, control="ngpt"):
     one_at_a_time = len(names) == len(rates) == max(map(len, changed)) == 1
     classes = [key for key in MULTS if key in set.union(*changed)] if one_at_a_time else []
     check_one_sweep(runs, classes)
-    varying = [key for key in ("width", "depth", "steps") if len({run[key] for run in runs}) > 1]
+    varying = [key for key in AXES if len({run[key] for run in runs}) > 1]
     axis = axis or ("parameters" if len(varying) > 1 else (varying or ["width"])[0])
     sizes, verdicts = {}, {}
     for run in sorted(runs, key=lambda run: run[axis]):
@@ -258,7 +259,7 @@ def main():
     parser.add_argument("--plot", metavar="FILE.png", help="draw the picture, too")
     parser.add_argument("--columns", type=lambda text: text.split(","), help="show only these, as in ngpt,nugpt")
     parser.add_argument("--control", default="ngpt", choices=rules.COLUMNS, help="what the others are compared to")
-    parser.add_argument("--axis", choices=("width", "depth", "steps", "parameters"),
+    parser.add_argument("--axis", choices=(*AXES, "parameters"),
                         help="what the size is; default: what differs between runs, parameters if several do")
     parser.error = lambda message: sys.exit(f"verdict.py: {message} (see python results/verdict.py --help)")
     args = parser.parse_args()
