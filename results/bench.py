@@ -52,10 +52,9 @@ def contestant(config, tokens, device, autocast):
     return forward_backward, update, model.flops_per_token() * tokens.numel(), memory
 
 def main():
-    config = train.Config(**train.parse_args(sys.argv[1:])[0])
+    config = train.Config(**{"vocab_size": 50304, **train.parse_args(sys.argv[1:])[0]})
     train.check(config)
     device, autocast = train.open_device(config)
-    config.vocab_size = config.vocab_size or 50304
     shape = min(config.micro_batch_size or config.batch_size, config.batch_size), config.seq_len
     tokens, n = torch.randint(config.vocab_size, shape, device=device), 8192 if device.type == "cuda" else 2048
     a = torch.randn(n, n, device=device, dtype=getattr(torch, config.dtype))

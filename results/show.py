@@ -82,8 +82,7 @@ def report_search(ranked, scatter, keys):
             where = "downwards" if place < 0.5 else "upwards"
             lines.append(f"widen {key} {where}: the best is {chosen[i]:.3g} of {low:.3g} to {high:.3g}")
     diverged = sum(loss == math.inf for loss, _, _ in ranked)
-    return "\n".join((*lines, f"{len(ranked)} settings, {diverged} diverged. Over the best: in {unit}.",
-                      "Settings that ran with more seeds stand first: the best of many by one seed was lucky, too."))
+    return "\n".join((*lines, f"{len(ranked)} settings, {diverged} diverged. Over the best: in {unit}."))
 
 
 def report_alignment(name, runs):
@@ -120,11 +119,8 @@ def report_coordinates(columns):
 
 
 def new_figure(width, height, dpi):
-    """A figure of so many inches. Raises ValueError without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("the picture needs matplotlib: pip install matplotlib") from None
+    """A figure of so many inches."""
+    from matplotlib.figure import Figure
     return Figure(figsize=(width, height), dpi=dpi, layout="constrained")
 
 
@@ -144,13 +140,14 @@ def figure_of(count, sharex):
 
 
 def draw_search(ranked, keys, path):
-    """Draws a panel a hyperparameter: loss against it, a star at the best."""
-    figure, panels = figure_of(len(keys), sharex=False)
-    for i, (panel, key) in enumerate(zip(panels, keys)):
+    """Draws a panel a hyperparameter that varies: loss against it, a star at the best."""
+    varying = [i for i in range(len(keys)) if len({values[i] for _, _, values in ranked}) > 1]
+    figure, panels = figure_of(len(varying), sharex=False)
+    for panel, i in zip(panels, varying):
         panel.plot([values[i] for _, _, values in ranked], [loss for loss, _, _ in ranked], "o", color="C0", alpha=0.6)
         panel.plot(ranked[0][2][i], ranked[0][0], "*", color="C1", ms=22, mec="black")
         panel.set_xscale("log", base=2)
-        panel.set_xlabel(key, fontsize=15)
+        panel.set_xlabel(keys[i], fontsize=15)
     figure.savefig(path)
 
 

@@ -222,10 +222,10 @@ def test_search_report(tmp_path, say):
     best = min(rows, key=lambda row: row["val_loss"])
     out = say(f"results/verdict.py {write(tmp_path / 'a.csv', rows)} --plot={tmp_path}/a.png")
     assert out.splitlines()[1].split() == [f"{best['val_loss']:.4f}", "0.0000", "1", *(
-        f"--{key}={best[key]:.4g}" for key in keys)]
+        f"--{key}={best[key]:.4g}" for key in (*keys, "embedding_lr_mult", "unembedding_lr_mult"))]   # all to paste
     assert "in nats" in out and "widen alpha_init upwards" in out and "widen learning_rate" not in out
     ranked, scatter = verdict.rank(search(seeds=(0, 1, 2)), keys)
-    assert 0.006 < scatter < 0.015 and [seeds for _, seeds, _ in ranked] == [3] * 6 + [1] * 34     # not by loss alone
+    assert 0.006 < scatter < 0.015 and sum(seeds == 3 for _, seeds, _ in ranked) == 6
     assert "scatters of a seed" in show.report_search(ranked, scatter, keys)
 
 
@@ -237,14 +237,6 @@ def test_the_last_row_of_a_run_counts_and_a_missing_column_is_the_default(tmp_pa
     out = say(f"results/verdict.py {path} --columns=ngpt,nugpt --plot={tmp_path}/a.png")
     assert "wide enough" in out and "Yes" in out and not any(words in out for words in ("\nmup ", "0.4000", "0.5000"))
     assert "bfloat16 and float32 stand side by side" in out
-
-
-def test_without_matplotlib_the_tables_are_printed(capsys, monkeypatch, say):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    importlib.reload(show)
-    for line in ("verdict.py results/laptop.csv", "alignment.py results/coordinates.csv"):
-        assert say(f"results/{line} --plot=x.png").endswith(".py: the picture needs matplotlib: pip install matplotlib")
-        assert capsys.readouterr().out
 
 
 def adapted(seed):

@@ -28,7 +28,7 @@ AXES = ["width", "depth", "steps", "batch_size"]
 MULTS = [f"{tensors}_lr_mult" for tensors in rules.TENSOR_CLASSES]
 VARYING = ["parametrization", *AXES, "learning_rate", "seed", "dtype"]      # within a sweep
 RECIPE = ["warmup_steps", "weight_decay", "beta1", "beta2"]     # may differ between columns and lengths
-SEARCHED = ["learning_rate", "alpha_init", *MULTS, "weight_decay"]
+SEARCHED = ["learning_rate", "alpha_init", *MULTS, "weight_decay", "warmup_steps"]
 
 parametrize = functools.cache(rules.parametrize)
 recipe = operator.itemgetter(*RECIPE)
@@ -231,16 +231,18 @@ def judge(runs, axis=None, control="ngpt"):
 
 
 def searched(runs):
-    """The hyperparameters of a random search: the learning rate and others, two with five values or more. Else []."""
-    keys = [key for key in SEARCHED if len({run[key] for run in runs}) > 1]
-    alike = all(len({run[key] for run in runs}) == 1 for key in ("parametrization", *SIZES))
-    many = sum(len({run[key] for run in runs}) >= 5 for key in keys)
-    return keys if alike and many > 1 and "learning_rate" in keys else []
+    """The hyperparameters of a random search: the learning rate and others, two with five values or more, and those
+    that are not train.py's default. Else []."""
+    values = {key: {run[key] for run in runs} for key in SEARCHED}
+    alike = all(len({run[key] for run in runs}) == 1 for key in ("parametrization", "batch_size", *SIZES))
+    many = sum(len(tried) >= 5 for tried in values.values())
+    keys = [key for key, tried in values.items() if tried != {getattr(Config, key)}]
+    return keys if alike and many > 1 and len(values["learning_rate"]) > 1 else []
 
 
 def rank(runs, keys):
-    """([(loss at the seeds' common level, number of seeds, values of keys)], a seed's scatter in nats). Most seeds come
-    first, then the best. The scatter is nan if fewer than two settings ran with several seeds. Raises ValueError."""
+    """([(loss at the seeds' common level, number of seeds, values of keys)] best first, a seed's scatter in nats). The
+    scatter is nan where fewer than two settings ran with several seeds. Raises ValueError."""
     check_one_sweep(runs, keys)
     settings = [tuple(run[key] for key in keys) for run in runs]
     tried = list(dict.fromkeys(settings))
@@ -249,8 +251,7 @@ def rank(runs, keys):
     variances = np.nanvar(loss[:, (seeds > 1) & ~np.isinf(loss).any(0)], axis=0, ddof=1)
     freedom = len(variances) - 1        # the seeds' levels took one
     scatter = math.sqrt(variances.sum() / freedom) if freedom > 0 else math.nan
-    ranked = zip(np.nanmean(loss, axis=0).tolist(), seeds.tolist(), tried)
-    return sorted(ranked, key=lambda setting: (-setting[1], setting[0])), scatter
+    return sorted(zip(np.nanmean(loss, axis=0).tolist(), seeds.tolist(), tried)), scatter
 
 
 def main():
