@@ -9,16 +9,17 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 axis=${1:-} name=${1:-}
-export GPUS=${GPUS-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | xargs || true)}
-# width, steps, head_dim, seq_len, batch_size, constants of embedding and unembedding (tuned for the small one's text
-# and size, the papers' for a GPU); widths of 48·2^k make the MLP's 8/3 · width exact at every size
+export GPUS=${GPUS-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | grep -x '[0-9]*' | xargs)}
+# width, steps, head_dim, seq_len, batch_size, constants of embedding and unembedding (the small model's are tuned, for
+# normalized columns); widths of 48·2^k make the MLP's 8/3 · width exact at every size
 [ -n "$GPUS" ] && [ "$axis" != laptop ] && set -- 192 2000 48 512 64 1 0.5 || set -- 48 400 24 128 16 0.25 0.125
 W=${WIDTH:-$1} T=${STEPS:-$2} HEAD_DIM=${HEAD_DIM:-$3} SEQ_LEN=${SEQ_LEN:-$4} BATCH_SIZE=${BATCH_SIZE:-$5}
 ranges="learning_rate=-8:-4 alpha_init=-6:-1 embedding_lr_mult=-5:1 unembedding_lr_mult=-5:1"       # these are log2
 plain="learning_rate=-8:-4 weight_decay=-6:0 embedding_lr_mult=-1:6 unembedding_lr_mult=-1:4"
 D=${DEPTH:-4} rules="ngpt nugpt" seeds="0 1 2" grid="-7 -6.5 -6 -5.5 -5 -4.5" ngpt_grid="-8.5 -8 -7.5 -7 -6.5 -6 -5.5"
 case $axis in      # sizes are width:depth:steps
-    base)    sizes="$W:$D:$T" RULES=${RULES:-nugpt}; RULES=${RULES%% *} name=base_${RULES}_$W
+    base)    sizes="$W:$D:$T" RULES=${RULES:-nugpt}; RULES=${RULES%% *}
+             name=base_${RULES}_$(basename "${DATA:-stdlib}")_${W}x${D}x$T
              case $RULES in gpt_*) ranges=$plain ;; esac ;;
     laptop)  sizes="$W:$D:$T $((2*W)):$D:$T $((3*W)):$D:$T" seeds=0 ngpt_grid="-8 -7.5 -7 -6.5 -6 -5.5 -5" ;;
     width)   sizes="$W:$D:$T $((2*W)):$D:$T $((4*W)):$D:$T $((8*W)):$D:$T" rules="ngpt nugpt nugpt_full" ;;
@@ -35,7 +36,7 @@ shared="--head_dim=$HEAD_DIM --seq_len=$SEQ_LEN --batch_size=$BATCH_SIZE --micro
  --base_depth=$base_depth --base_steps=$base_steps --alpha_init=${ALPHA_INIT:-0.05} --out_dir= --sample_tokens=0
  --embedding_lr_mult=${EMBEDDING_LR_MULT:-$6} --unembedding_lr_mult=${UNEMBEDDING_LR_MULT:-$7} --eval_every=1000000
  --eval_tokens=${EVAL_TOKENS:-262144} --data=${DATA:-data/stdlib} --results=$RESULTS ${TRAIN_OPTIONS:-}"
-powers() { for x in $1; do awk "BEGIN {printf \"%.17g\n\", ${2:-1} * 2 ^ $x}"; done | paste -sd,; }
+powers() { for x in $1; do awk "BEGIN {printf \"%.17g\n\", ${2:-1} * 2 ^ ${x#2^}}"; done | paste -sd,; }
 
 search() {      # N settings that fill the ranges evenly, the same ones every time: multiples of √2, √3, √5, … modulo 1
     awk -v n="${N:-40}" -v ranges="${RANGES:-$ranges}" 'BEGIN {
