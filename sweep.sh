@@ -74,17 +74,18 @@ run_all() {
     if [ -n "${DRY:-}" ]; then jobs | sed "s|^|OMP_NUM_THREADS=1 $PYTHON train.py |"; exit; fi
     jobs | xargs -P "${JOBS:-$slots}" --process-slot-var=SLOT -d '\n' -n 1 bash -c 'run "$1"' run
 }
+verdict() { $PYTHON results/verdict.py "$RESULTS" "$@"; }
 export PYTHON=${PYTHON:-python} tmp=$(mktemp -d) && export -f run
 trap 'rm -rf "$tmp"' EXIT
 slots=$(set -- $GPUS; [ $# -gt 0 ] && echo $(($# * ${PER_GPU:-1})) || nproc)
 case $axis in
     base)   settings=$(search)
             SEEDS=${SEEDS%% *} run_all
-            while   # until the best five are the same with all seeds
-                best=$($PYTHON results/verdict.py "$RESULTS" | grep -o -- '--learning_rate.*' | sort) && [ "$best" != "$settings" ]
-            do settings=$best && run_all; done ;;
+            while best=$(verdict | grep -o -- '--learning_rate.*' | sort) && [ "$best" != "$settings" ]; do
+                settings=$best && run_all       # until the best five are the same with all seeds
+            done ;;
     *)      settings=$([ "$axis" != classes ] || classes)
             run_all ;;
 esac
 if [ -s "$tmp/failed" ]; then echo "failed, and tried again by the same command:" && sort -u "$tmp/failed"; fi
-$PYTHON results/verdict.py "$RESULTS" --control="${CONTROL:-ngpt}" --plot="$PICTURE" && [ ! -s "$tmp/failed" ]
+verdict --control="${CONTROL:-ngpt}" --plot="$PICTURE" && [ ! -s "$tmp/failed" ]

@@ -119,8 +119,11 @@ def report_coordinates(columns):
 
 
 def new_figure(width, height, dpi):
-    """A figure of so many inches."""
-    from matplotlib.figure import Figure
+    """A figure of so many inches. Raises ValueError without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("the picture needs matplotlib: pip install matplotlib") from None
     return Figure(figsize=(width, height), dpi=dpi, layout="constrained")
 
 

@@ -102,6 +102,8 @@ def test_known_drift_without_noise():
     assert [verdicts[name].regret for name in ("ngpt", "nugpt")] == pytest.approx([0.03, 0], abs=1e-6)
     assert [verdicts[name].same for name in drifts] == ["No", "No", "Yes"]
     assert verdicts["nugpt"].powers == pytest.approx(dict(embedding=-0.5, hidden=-0.75, unembedding=-0.75, rescalers=0))
+    axis, verdicts = verdict.judge(sweep(dict(nugpt=0.4), sizes=(4, 16, 64), axis="batch_size"))
+    assert axis == "batch_size" and verdicts["nugpt"].drift == pytest.approx((0.4, 0), abs=1e-6)
 
 
 @pytest.mark.parametrize("seeds, draws, longest", [(3, 300, 3.2), (1, 200, 20)])
@@ -237,6 +239,13 @@ def test_the_last_row_of_a_run_counts_and_a_missing_column_is_the_default(tmp_pa
     out = say(f"results/verdict.py {path} --columns=ngpt,nugpt --plot={tmp_path}/a.png")
     assert "wide enough" in out and "Yes" in out and not any(words in out for words in ("\nmup ", "0.4000", "0.5000"))
     assert "bfloat16 and float32 stand side by side" in out
+
+
+def test_without_matplotlib_the_tables_are_printed(capsys, monkeypatch, say):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    for line in ("verdict.py results/laptop.csv", "alignment.py results/coordinates.csv"):
+        assert say(f"results/{line} --plot=x.png").endswith(".py: the picture needs matplotlib: pip install matplotlib")
+        assert capsys.readouterr().out
 
 
 def adapted(seed):
