@@ -10,7 +10,6 @@ import argparse
 import csv
 import functools
 import math
-import operator
 import statistics
 import sys
 from pathlib import Path
@@ -27,11 +26,10 @@ SIZES = ["width", "depth", "steps", "base_width", "base_depth", "base_steps"]
 AXES = ["width", "depth", "steps", "batch_size"]
 MULTS = [f"{tensors}_lr_mult" for tensors in rules.TENSOR_CLASSES]
 VARYING = ["parametrization", *AXES, "learning_rate", "seed", "dtype"]      # within a sweep
-RECIPE = ["warmup_steps", "weight_decay", "beta1", "beta2"]     # may differ between columns and lengths
+RECIPE = ["warmup_steps", "weight_decay", "beta1", "beta2", "eps", *MULTS]     # as columns and sizes want
 SEARCHED = ["learning_rate", "alpha_init", *MULTS, "weight_decay", "warmup_steps"]
 
 parametrize = functools.cache(rules.parametrize)
-recipe = operator.itemgetter(*RECIPE)
 
 
 def read_results(path):
@@ -58,12 +56,12 @@ def read_results(path):
 
 
 def check_one_sweep(runs, may_differ):
-    """Raises ValueError if runs differ in other options, or runs of one column and length in their recipe."""
+    """Raises ValueError if runs differ in other options, or runs of one column, length and batch size in their recipe."""
     for key in [key for key in MATHEMATICS if key not in (*VARYING, *may_differ)]:
         values = {}
         for run in runs:
-            where = f" in {run['parametrization']}'s runs of {run['steps']:g} steps" if key in RECIPE else ""
-            if values.setdefault(where, run[key]) != run[key]:
+            where = " in {parametrization}'s runs of {steps:g} steps of {batch_size:g} sequences" if key in RECIPE else ""
+            if values.setdefault(where := where.format(**run), run[key]) != run[key]:
                 raise ValueError(f"{key} is {values[where]} and {run[key]}{where}; give each its own file")
 
 
@@ -117,13 +115,15 @@ def factor_on_eta(run, name):
 def curves_of(name, key, sizes, center):
     """{size: curve over log2 of `key`} of column `name`, from {size: runs}. Runs of other columns count where they are
     the same; with η shifted, too, where the column has none. Multipliers other than `key` must be at the center."""
-    recipes = {run["steps"]: recipe(run) for runs in sizes.values() for run in runs if run["parametrization"] == name}
+    recipes = {(run["steps"], run["batch_size"]): {option: run[option] for option in RECIPE}
+               for runs in sizes.values() for run in runs if run["parametrization"] == name}
     curves = {}
     for size, runs in sizes.items():
         own, points = any(run["parametrization"] == name for run in runs), {}
         for run in runs:
-            factor, wanted = factor_on_eta(run, name), recipes.get(run["steps"], recipe(run))
-            usable = recipe(run) == wanted and all(run[mult] == center[mult] for mult in MULTS if mult != key)
+            factor = factor_on_eta(run, name)
+            wanted = {**recipes.get((run["steps"], run["batch_size"]), {}), **center, key: run[key]}
+            usable = all(run[option] == wanted[option] for option in wanted)
             if usable and run[key] > 0 and (factor == 1 or factor and not own):
                 points[round(math.log2(run[key] * factor), 4), run["seed"]] = run
         if points:
@@ -216,7 +216,7 @@ def judge(runs, axis=None, control="ngpt"):
     columns = ({key.removesuffix("_lr_mult"): (*names, key) for key in classes} or
                {name: (name, "learning_rate") for name in rules.COLUMNS if name in {*names, control, "nugpt"}})
     for title, (name, key) in columns.items():
-        curves = curves_of(name, key, sizes, center)
+        curves = curves_of(name, key, sizes, center if classes else {})
         if len(curves) > 1 or curves and name in names:
             verdict = verdicts[title] = judge_column(curves)
             ends = sizes[min(curves)][0], sizes[max(curves)][0]
