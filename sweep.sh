@@ -3,7 +3,6 @@
 #   ./sweep.sh base       N settings of one column out of RANGES with one seed, the best five with all seeds
 #   ./sweep.sh laptop     width 48 to 144, one seed: under 30 minutes on two cores; width: to 384, three seeds
 #   ./sweep.sh depth      2 to 32 blocks; steps: to 16 times the steps; joint: width, depth and steps together
-#   ./sweep.sh classes    width, where η stays and the rate of one tensor class at a time is swept
 # Each ${NAME:-…} below can be set: RULES="ngpt mine" RESULTS=mine.csv ./sweep.sh width. DRY=1 prints the commands.
 # A repeated command continues: train.py skips what RESULTS has. Widen GRID or RANGES where the verdict asks for it.
 set -euo pipefail
@@ -26,7 +25,6 @@ case $axis in      # sizes are width:depth:steps
     depth)   sizes="$W:2:$T $W:8:$T $W:32:$T" rules="ngpt nugpt depth_mup" ngpt_grid=$grid ;;
     steps)   sizes="$W:$D:$T $W:$D:$((2*T)) $W:$D:$((4*T)) $W:$D:$((8*T)) $W:$D:$((16*T))" rules=nugpt ;;
     joint)   sizes="$W:2:$((T/2)) $((3*W/2)):3:$((27*T/16)) $((2*W)):4:$((4*T))" ;;
-    classes) sizes="$W:$D:$T $((4*W)):$D:$T" rules=nugpt grid="-2 -1 0 1 2" seeds=0,1,2 ;;
     *)       sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p;}' "$0" >&2; exit 2 ;;
 esac
 SIZES=${SIZES:-$sizes} RULES=${RULES:-$rules} SEEDS=${SEEDS:-$seeds} RESULTS=${RESULTS:-out/sweeps/$name.csv}
@@ -36,7 +34,7 @@ shared="--head_dim=$HEAD_DIM --seq_len=$SEQ_LEN --batch_size=$BATCH_SIZE --micro
  --base_depth=$base_depth --base_steps=$base_steps --alpha_init=${ALPHA_INIT:-0.05} --out_dir= --sample_tokens=0
  --embedding_lr_mult=${EMBEDDING_LR_MULT:-$6} --unembedding_lr_mult=${UNEMBEDDING_LR_MULT:-$7} --eval_every=1000000
  --eval_tokens=${EVAL_TOKENS:-262144} --data=${DATA:-data/stdlib} --results=$RESULTS ${TRAIN_OPTIONS:-}"
-powers() { for x in $1; do awk "BEGIN {printf \"%.17g\n\", ${2:-1} * 2 ^ ${x#2^}}"; done | paste -sd,; }
+powers() { for x in $1; do awk "BEGIN {printf \"%.17g\n\", 2 ^ ${x#2^}}"; done | paste -sd,; }
 
 search() {      # N settings that fill the ranges evenly, the same ones every time: multiples of √2, √3, √5, … modulo 1
     awk -v n="${N:-40}" -v ranges="${RANGES:-$ranges}" 'BEGIN {
@@ -45,12 +43,6 @@ search() {      # N settings that fill the ranges evenly, the same ones every ti
             "learning_rate=-8:-4 alpha_init=-6:-1" > "/dev/stderr"; exit 1 }
         for (i = 1; i <= n; i++) { for (j = 1; 3 * j <= fields; j++) printf "--%s=%.4g ", r[3*j-2],
             2 ^ (r[3*j-1] + (r[3*j] - r[3*j-1]) * (i * sqrt(prime[j]) % 1)); print "" } }'
-}
-classes() {
-    for class in ${CLASSES:-embedding hidden unembedding rescalers}; do
-        center=$(grep -oP "(?<=--${class}_lr_mult=)\S+" <<< "$shared" || echo 1)
-        powers "$GRID" "$center" | tr , '\n' | sed "s/^/--learning_rate=$(powers "${ETA:--5.5}") --${class}_lr_mult=/"
-    done
 }
 jobs() {    # options, a line a process, which makes all runs of its lists and compiles once; the largest models first
     for size in $(tr ' ' '\n' <<< "$SIZES" | sort -t: -k1,1nr -k2,2nr -k3,3nr); do
@@ -78,14 +70,14 @@ verdict() { $PYTHON results/verdict.py "$RESULTS" "$@"; }
 export PYTHON=${PYTHON:-python} tmp=$(mktemp -d) && export -f run
 trap 'rm -rf "$tmp"' EXIT
 slots=$(set -- $GPUS; [ $# -gt 0 ] && echo $(($# * ${PER_GPU:-1})) || nproc)
-case $axis in
-    base)   settings=$(search)
-            SEEDS=${SEEDS%% *} run_all
-            while best=$(verdict | grep -o -- '--learning_rate.*' | sort) && [ "$best" != "$settings" ]; do
-                settings=$best && run_all       # until the best five are the same with all seeds
-            done ;;
-    *)      settings=$([ "$axis" != classes ] || classes)
-            run_all ;;
-esac
+if [ "$axis" = base ]; then
+    settings=$(search)
+    SEEDS=${SEEDS%% *} run_all
+    while best=$(verdict | grep -o -- '--learning_rate.*' | sort) && [ "$best" != "$settings" ]; do
+        settings=$best && run_all       # until the best five are the same with all seeds
+    done
+else
+    run_all
+fi
 if [ -s "$tmp/failed" ]; then echo "failed, and tried again by the same command:" && sort -u "$tmp/failed"; fi
 verdict --control="${CONTROL:-ngpt}" --plot="$PICTURE" && [ ! -s "$tmp/failed" ]

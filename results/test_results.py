@@ -199,7 +199,7 @@ def test_one_tensor_class_at_a_time():
 def test_steps_that_the_control_needs():
     def rows(name, losses, seeds=(0,), grid=(-7, -6.5, -6, -5.5, -5)):
         return [{**RUN, "parametrization": name, "width": 96, "steps": steps, "seed": seed, "learning_rate": 2.0 ** x,
-                 "embedding_lr_mult": 16 if name == "gpt_sp" else 1, "val_loss": best - 0.1 * seed + 0.03 * (x + 6) ** 2}
+                 "embedding_lr_mult": 2 if name == "nugpt" else 16, "val_loss": best - 0.1 * seed + 0.03 * (x + 6) ** 2}
                 for steps, best in losses.items() for seed in seeds for x in grid]
 
     def needed(rows):

@@ -56,13 +56,14 @@ def read_results(path):
 
 
 def check_one_sweep(runs, may_differ):
-    """Raises ValueError if runs differ in other options, or runs of one column, length and batch size in their recipe."""
+    """Raises ValueError if runs differ in other options, or runs of one column and size in their recipe."""
     for key in [key for key in MATHEMATICS if key not in (*VARYING, *may_differ)]:
         values = {}
         for run in runs:
-            where = " in {parametrization}'s runs of {steps:g} steps of {batch_size:g} sequences" if key in RECIPE else ""
-            if values.setdefault(where := where.format(**run), run[key]) != run[key]:
-                raise ValueError(f"{key} is {values[where]} and {run[key]}{where}; give each its own file")
+            size = (run["parametrization"], run["steps"], run["batch_size"]) if key in RECIPE else ()
+            if values.setdefault(size, run[key]) != run[key]:
+                where = f" in {size[0]}'s runs of {size[1]:g} steps" if size else ""
+                raise ValueError(f"{key} is {values[size]} and {run[key]}{where}; give each its own file")
 
 
 def losses(points):
