@@ -5,8 +5,9 @@ longer than the base model on which the learning rate η was tuned. Rows are qua
     python parametrize.py                                           print the table
     python parametrize.py --width=4096 --depth=48 --steps=100000    the numbers of one model, in every column
 
-m_w = width / base_width, m_d = depth / base_depth, m_t = steps / base_steps at a fixed batch size, d = width,
-c = base_width^-1/2, α₀ = train.py's --alpha_init. A cell is a product of powers; "?": the paper does not settle it.
+m_w = width / base_width, m_d = depth / base_depth, m_t = steps / base_steps, m_b = batch_size / base_batch_size,
+d = width, c = base_width^-1/2, α₀ = train.py's --alpha_init. A cell is a product of powers; "?": the paper does not
+settle it. The paper's columns ask for one batch size.
 A rescaler is raw · init/scale: init is where the rescaler starts, 1/scale is how fast Adam moves it.
 """
 import argparse
@@ -36,6 +37,7 @@ logit_scale     | d^-1/2 | c         | c                  | c          | c      
 # Your own column is one line: its start, and the cells it changes. Rename an edited column: results know its name.
 OWN = {
     "measured": ("nugpt", dict(lr_hidden="m_w^-0.86", lr_unembedding="m_w^-0.83")),     # of results/alignment.csv
+    "nugpt_batch": ("nugpt", dict(lr="m_b^1/6·m_t^-1/3")),  # √batch at equal tokens, of results/batch_tokens.csv
 }
 
 NOTES = """\
@@ -71,7 +73,7 @@ TENSOR_CLASSES = {      # class: its parameters' names in model.py
     "unembedding": r"unembedding",
     "rescalers": r".*\.raw",
 }
-BASE_WIDTH, BASE_DEPTH, BASE_STEPS, ALPHA_INIT = 1024, 10, 10_000, 0.05     # the defaults of train.py, too
+BASE_WIDTH, BASE_DEPTH, BASE_STEPS, BASE_BATCH, ALPHA_INIT = 1024, 10, 10_000, 64, 0.05     # train.py's defaults, too
 
 
 def read_table(text):
@@ -104,8 +106,8 @@ def value(cell, **symbols):
     return product
 
 
-def parametrize(parametrization, width, depth, steps,
-                base_width=BASE_WIDTH, base_depth=BASE_DEPTH, base_steps=BASE_STEPS, alpha_init=ALPHA_INIT,
+def parametrize(parametrization, width, depth, steps, base_width=BASE_WIDTH, base_depth=BASE_DEPTH,
+                base_steps=BASE_STEPS, batch_size=BASE_BATCH, base_batch_size=BASE_BATCH, alpha_init=ALPHA_INIT,
                 embedding_lr_mult=-1, hidden_lr_mult=1, unembedding_lr_mult=-1, rescalers_lr_mult=1):
     """
     One column of the table for one model, as a pair:
@@ -114,12 +116,13 @@ def parametrize(parametrization, width, depth, steps,
     A *_lr_mult multiplies the rate of one tensor class; -1 stands for the table's row.
     Raises ValueError for an unknown column or a size below 1.
     """
-    if (smallest := min(width, depth, steps, base_width, base_depth, base_steps)) < 1:
-        raise ValueError(f"width, depth, steps and those of the base must be at least 1, not {smallest}")
+    sizes = width, depth, steps, batch_size, base_width, base_depth, base_steps, base_batch_size
+    if min(sizes) < 1:
+        raise ValueError(f"width, depth, steps, batch_size and the base's must be at least 1, not {min(sizes)}")
     if parametrization not in COLUMNS:
         raise ValueError(f"there is no parametrization {parametrization!r}; the columns are {', '.join(COLUMNS)}")
     symbols = {"m_w": width / base_width, "m_d": depth / base_depth, "m_t": steps / base_steps, "d": width,
-               "c": base_width ** -0.5, "α₀": alpha_init}
+               "m_b": batch_size / base_batch_size, "c": base_width ** -0.5, "α₀": alpha_init}
     numbers = {row: value(cell, **symbols) for row, cell in COLUMNS[parametrization].items()}
     mults = dict(embedding=embedding_lr_mult, hidden=hidden_lr_mult, unembedding=unembedding_lr_mult,
                  rescalers=rescalers_lr_mult)
@@ -146,9 +149,9 @@ def param_groups(model, lr_scale):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: sys.exit(f"parametrize.py: {message} (see --help)")
-    for key, default in (("width", BASE_WIDTH), ("depth", BASE_DEPTH), ("steps", BASE_STEPS)):
-        parser.add_argument(f"--{key}", type=int, default=default, help=f"default {default}")
-        parser.add_argument(f"--base_{key}", type=int, default=default, help=f"default {default}")
+    for key, default in dict(width=BASE_WIDTH, depth=BASE_DEPTH, steps=BASE_STEPS, batch_size=BASE_BATCH).items():
+        for option in (f"--{key}", f"--base_{key}"):
+            parser.add_argument(option, type=int, default=default, help=f"default {default}")
     args = vars(parser.parse_args())
     if len(sys.argv) == 1:
         print(TABLE.strip("\n"), NOTES, PLAIN_TABLE, sep="\n", end="")

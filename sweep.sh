@@ -3,6 +3,7 @@
 #   ./sweep.sh base       N settings of one column out of RANGES with one seed, the best five with all seeds
 #   ./sweep.sh laptop     width 48 to 144, one seed: under 30 minutes on two cores; width: to 384, three seeds
 #   ./sweep.sh depth      2 to 32 blocks; steps: to 16 times the steps; joint: width, depth and steps together
+#   ./sweep.sh batch      a quarter to 4 times the batch, at equal tokens
 # Each ${NAME:-…} below can be set: RULES="ngpt mine" RESULTS=mine.csv ./sweep.sh width. DRY=1 prints the commands.
 # A repeated command continues: train.py skips what RESULTS has. Widen GRID or RANGES where the verdict asks for it.
 set -euo pipefail
@@ -15,8 +16,9 @@ export GPUS=${GPUS-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/n
 W=${WIDTH:-$1} T=${STEPS:-$2} HEAD_DIM=${HEAD_DIM:-$3} SEQ_LEN=${SEQ_LEN:-$4} BATCH_SIZE=${BATCH_SIZE:-$5}
 ranges="learning_rate=-8:-4 alpha_init=-6:-1 embedding_lr_mult=-5:1 unembedding_lr_mult=-5:1"       # these are log2
 plain="learning_rate=-8:-4 weight_decay=-6:0 embedding_lr_mult=-1:6 unembedding_lr_mult=-1:4"
-D=${DEPTH:-4} rules="ngpt nugpt" seeds="0 1 2" grid="-7 -6.5 -6 -5.5 -5 -4.5" ngpt_grid="-8.5 -8 -7.5 -7 -6.5 -6 -5.5"
-case $axis in      # sizes are width:depth:steps
+D=${DEPTH:-4} B=$BATCH_SIZE control=ngpt rules="ngpt nugpt" seeds="0 1 2"
+grid="-7 -6.5 -6 -5.5 -5 -4.5" ngpt_grid="-8.5 -8 -7.5 -7 -6.5 -6 -5.5"
+case $axis in      # sizes are width:depth:steps, or width:depth:steps:batch_size
     base)    sizes="$W:$D:$T" RULES=${RULES:-nugpt}; RULES=${RULES%% *}
              name=base_${RULES}_$(basename "${DATA:-stdlib}")_${W}x${D}x$T
              case $RULES in gpt_*) ranges=$plain ;; esac ;;
@@ -25,13 +27,14 @@ case $axis in      # sizes are width:depth:steps
     depth)   sizes="$W:2:$T $W:8:$T $W:32:$T" rules="ngpt nugpt depth_mup" ngpt_grid=$grid ;;
     steps)   sizes="$W:$D:$T $W:$D:$((2*T)) $W:$D:$((4*T)) $W:$D:$((8*T)) $W:$D:$((16*T))" rules=nugpt ;;
     joint)   sizes="$W:2:$((T/2)) $((3*W/2)):3:$((27*T/16)) $((2*W)):4:$((4*T))" ;;
+    batch)   sizes="$W:$D:$((4*T)):$((B/4)) $W:$D:$T:$B $W:$D:$((T/4)):$((4*B))" rules=nugpt control=nugpt_batch ;;
     *)       sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p;}' "$0" >&2; exit 2 ;;
 esac
 SIZES=${SIZES:-$sizes} RULES=${RULES:-$rules} SEEDS=${SEEDS:-$seeds} RESULTS=${RESULTS:-out/sweeps/$name.csv}
 PICTURE=${PICTURE:-${RESULTS%.csv}.png} GRID=${GRID:-$grid} NGPT_GRID=${NGPT_GRID:-$ngpt_grid}
-IFS=: read -r base_width base_depth base_steps <<< "${BASE:=${SIZES%% *}}"
-shared="--head_dim=$HEAD_DIM --seq_len=$SEQ_LEN --batch_size=$BATCH_SIZE --micro_batch_size=0 --base_width=$base_width
- --base_depth=$base_depth --base_steps=$base_steps --alpha_init=${ALPHA_INIT:-0.05} --out_dir= --sample_tokens=0
+IFS=: read -r base_width base_depth base_steps base_batch <<< "${BASE:=${SIZES%% *}}"
+shared="--head_dim=$HEAD_DIM --seq_len=$SEQ_LEN --micro_batch_size=0 --base_width=$base_width --base_depth=$base_depth
+ --base_steps=$base_steps --base_batch_size=${base_batch:-$B} --alpha_init=${ALPHA_INIT:-0.05} --out_dir= --sample_tokens=0
  --embedding_lr_mult=${EMBEDDING_LR_MULT:-$6} --unembedding_lr_mult=${UNEMBEDDING_LR_MULT:-$7} --eval_every=1000000
  --eval_tokens=${EVAL_TOKENS:-262144} --data=${DATA:-data/stdlib} --results=$RESULTS ${TRAIN_OPTIONS:-}"
 powers() { for x in $1; do awk "BEGIN {printf \"%.17g\n\", 2 ^ ${x#2^}}"; done | paste -sd,; }
@@ -46,10 +49,11 @@ search() {      # N settings that fill the ranges evenly, the same ones every ti
 }
 jobs() {    # options, a line a process, which makes all runs of its lists and compiles once; the largest models first
     for size in $(tr ' ' '\n' <<< "$SIZES" | sort -t: -k1,1nr -k2,2nr -k3,3nr); do
-        IFS=: read -r width depth steps <<< "$size"
+        IFS=: read -r width depth steps batch <<< "$size"
         for rule in $RULES; do
             rates=$([ "$rule" = ngpt ] && [ "$size" != "$BASE" ] && echo "$NGPT_GRID" || echo "$GRID")
             model="$(echo $shared) --parametrization=$rule --width=$width --depth=$depth --steps=$steps"
+            model+=" --batch_size=${batch:-$B}"
             for seed in $SEEDS; do
                 sed "s|^|$model |; s|$| --seed=$seed|" <<< "${settings:---learning_rate=$(powers "$rates")}"
             done
@@ -80,4 +84,4 @@ else
     run_all
 fi
 if [ -s "$tmp/failed" ]; then echo "failed, and tried again by the same command:" && sort -u "$tmp/failed"; fi
-verdict --control="${CONTROL:-ngpt}" --plot="$PICTURE" && [ ! -s "$tmp/failed" ]
+verdict --control="${CONTROL:-$control}" --plot="$PICTURE" && [ ! -s "$tmp/failed" ]

@@ -88,7 +88,7 @@ def data(tmp_path_factory):
 def options(data, out_dir, **changes):
     """Options of a run of 8 steps of 4 sequences that takes a fraction of a second, at twice the base size."""
     tiny = dict(width=32, depth=2, head_dim=8, seq_len=16, steps=8, batch_size=4, base_width=16, base_depth=1,
-                base_steps=4, data=data, out_dir=out_dir, device="cpu", dtype="float32", compile=False, log_every=1,
+                base_steps=4, base_batch_size=2, data=data, out_dir=out_dir, device="cpu", dtype="float32", compile=False, log_every=1,
                 eval_every=4, eval_tokens=304, checkpoint_every=4, sample_tokens=0)
     return [f"--{key}={value}" for key, value in {**tiny, **changes}.items()]
 
@@ -379,7 +379,8 @@ def test_at_the_base_every_column_is_the_same_run_and_away_from_it_none_is(data,
         out = tmp_path / column / "at_base" if base else tmp_path / column
         assert run(*options(data, out, parametrization=column, unembedding_lr_mult=0.5, **base)) == 0
         return log(out), checkpoint(out)["model"]
-    runs = [trained(column, base_width=32, base_depth=2, base_steps=8) for column in NORMALIZED]
+    runs = [trained(column, base_width=32, base_depth=2, base_steps=8, base_batch_size=4)
+            for column in NORMALIZED]
     for rows, model in runs:
         assert rows == runs[0][0] and all(map(torch.equal, model.values(), runs[0][1].values()))
     assert len({trained(column)[0][-1]["val_loss"] for column in NORMALIZED}) == len(NORMALIZED)

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 from model import GPT, GPTConfig, PlainGPT
-from parametrize import ALPHA_INIT, BASE_DEPTH, BASE_STEPS, BASE_WIDTH, param_groups, parametrize
+from parametrize import ALPHA_INIT, BASE_BATCH, BASE_DEPTH, BASE_STEPS, BASE_WIDTH, param_groups, parametrize
 from prepare_data import batch_starts, get_tokenizer, prepare_stdlib, read_folder, validation_starts
 from prepare_data import sync, write_aside, write_json
 
@@ -39,9 +39,10 @@ class Config:
     vocab_size: int = 0                 # at least the data's vocabulary, rounded up to a multiple of 64
     # parametrization: how η changes with the model. One base in every command, for tuning and for training.
     parametrization: str = "nugpt"      # a column of the table in parametrize.py
-    base_width: int = BASE_WIDTH        # the width, depth and steps at which the table's multipliers are all 1
+    base_width: int = BASE_WIDTH        # the width, depth, … at which the table's multipliers are all 1
     base_depth: int = BASE_DEPTH        # (see base_width)
     base_steps: int = BASE_STEPS        # (see base_width)
+    base_batch_size: int = BASE_BATCH   # (see base_width); columns with m_b use it, as nugpt_batch
     alpha_init: float = ALPHA_INIT      # α₀: where the eigen learning rates start at the base
     embedding_lr_mult: float = -1.0     # multiplies the embedding's learning rate; -1: the table's embedding_mult
     hidden_lr_mult: float = 1.0         # multiplies the learning rate of the blocks' matrices
@@ -51,7 +52,7 @@ class Config:
     # optimization: Adam; a normalized Transformer needs no warm-up, weight decay or gradient clipping
     learning_rate: float = 0.0028       # η, the peak at the base (results/default_lr.csv); with commas: a run each
     steps: int = BASE_STEPS             # optimizer steps
-    batch_size: int = 64                # sequences a step, over all ranks and micro-batches
+    batch_size: int = BASE_BATCH        # sequences a step, over all ranks and micro-batches
     micro_batch_size: int = free(16)    # sequences a forward on one rank, at most; 0: the rank's whole share at once
     schedule: str = "cosine"            # of the learning rate: cosine, linear, or wsd: constant, then linear
     decay_fraction: float = 0.2         # the part of the steps in which wsd decays

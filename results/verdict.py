@@ -22,8 +22,8 @@ import parametrize as rules
 import show
 from train import MATHEMATICS, Config
 
-SIZES = ["width", "depth", "steps", "base_width", "base_depth", "base_steps"]
 AXES = ["width", "depth", "steps", "batch_size"]
+SIZES = [*AXES[:3], "base_width", "base_depth", "base_steps", "batch_size", "base_batch_size"]     # as parametrize's
 MULTS = [f"{tensors}_lr_mult" for tensors in rules.TENSOR_CLASSES]
 VARYING = ["parametrization", *AXES, "learning_rate", "seed", "dtype"]      # within a sweep
 RECIPE = ["warmup_steps", "weight_decay", "beta1", "beta2", "eps", *MULTS]     # as columns and sizes want
@@ -42,7 +42,7 @@ def read_results(path):
         run = {key: str(cell) for key, cell in {**vars(Config()), **row}.items()}
         if run.get("status") == "diverged":
             run["val_loss"] = "inf"
-        for key in (*SIZES, *SEARCHED, "batch_size", "seed", "parameters", "val_loss"):
+        for key in (*SIZES, *SEARCHED, "seed", "parameters", "val_loss"):
             try:
                 run[key] = float(run[key])
             except (KeyError, ValueError):
@@ -104,7 +104,7 @@ def make_curve(points, own):
 
 def factor_on_eta(run, name):
     """The η that column `name` needs for the same run, over the run's η; 0: none does. At the base size all columns are
-    one: 1. At the base width and depth columns differ in the power of m_t alone, which multiplies η."""
+    one: 1. At the base width and depth columns differ in the powers of m_t and m_b alone, which multiply η."""
     options = [run[key] for key in (*SIZES, "alpha_init", *MULTS)]
     initial, scale = parametrize(run["parametrization"], *options)
     wanted_initial, wanted = parametrize(name, *options)
@@ -208,7 +208,8 @@ def judge(runs, axis=None, control="ngpt"):
     classes = [key for key in MULTS if key in set.union(*changed)] if one_at_a_time else []
     check_one_sweep(runs, classes)
     varying = [key for key in AXES if len({run[key] for run in runs}) > 1]
-    axis = axis or ("parameters" if len(varying) > 1 else (varying or ["width"])[0])
+    equal_tokens = varying == ["steps", "batch_size"]
+    axis = axis or ("batch_size" if equal_tokens else "parameters" if len(varying) > 1 else (varying or ["width"])[0])
     sizes, verdicts = {}, {}
     for run in sorted(runs, key=lambda run: run[axis]):
         sizes.setdefault(run[axis], []).append(run)
@@ -235,7 +236,7 @@ def searched(runs):
     """The hyperparameters of a random search: the learning rate and others, two with five values or more, and those
     that are not train.py's default. Else []."""
     values = {key: {run[key] for run in runs} for key in SEARCHED}
-    alike = all(len({run[key] for run in runs}) == 1 for key in ("parametrization", "batch_size", *SIZES))
+    alike = all(len({run[key] for run in runs}) == 1 for key in ("parametrization", *SIZES))
     many = sum(len(tried) >= 5 for tried in values.values())
     keys = [key for key, tried in values.items() if tried != {getattr(Config, key)}]
     return keys if alike and many > 1 and len(values["learning_rate"]) > 1 else []
