@@ -6,8 +6,7 @@ longer than the base model on which the learning rate η was tuned. Rows are qua
     python parametrize.py --width=4096 --depth=48 --steps=100000    the numbers of one model, in every column
 
 m_w = width / base_width, m_d = depth / base_depth, m_t = steps / base_steps, m_b = batch_size / base_batch_size,
-d = width, c = base_width^-1/2, α₀ = train.py's --alpha_init. A cell is a product of powers; "?": the paper does not
-settle it. The paper's columns ask for one batch size.
+d = width, c = base_width^-1/2, α₀ = --alpha_init. A cell is a product of powers; "?": the paper does not settle it.
 A rescaler is raw · init/scale: init is where the rescaler starts, 1/scale is how fast Adam moves it.
 """
 import argparse
@@ -37,7 +36,7 @@ logit_scale     | d^-1/2 | c         | c                  | c          | c      
 # Your own column is one line: its start, and the cells it changes. Rename an edited column: results know its name.
 OWN = {
     "measured": ("nugpt", dict(lr_hidden="m_w^-0.86", lr_unembedding="m_w^-0.83")),     # of results/alignment.csv
-    "nugpt_batch": ("nugpt", dict(lr="m_b^1/6·m_t^-1/3")),  # √batch at equal tokens, of results/batch_tokens.csv
+    "nugpt_batch": ("nugpt", dict(lr="m_b^1/6·m_t^-1/3")),  # √batch at equal tokens; see results/batch_tokens.csv
 }
 
 NOTES = """\
@@ -46,7 +45,7 @@ NOTES = """\
               and full (-1, nugpt_full). The column `measured` has the alignment of results/alignment.csv instead.
   mup         the paper's μP for widths. The paper states the power of m_t; a lemma gives the other cells.
   depth_mup   the counter-example: m_d^-1/2 on the hidden rate breaks transfer over depth (section 4.5).
-  lr          m_t^-1/3 is a fit, not a theorem (section 4.6). It may depend on the schedule.
+  lr          m_t^-1/3 is a fit, not a theorem (section 4.6). It fits cosine and linear; wsd wants about -1/2.
   *_mult      tuned on the base model (sections 3.1, 7.4), by --embedding_lr_mult and --unembedding_lr_mult. With
               one value for all columns, all columns are the same model and optimizer at the base size.
   logit_init  m_w^1/2 is missing from the paper's list of rules, but Lemma 6.8 and section 7.5 need it.
@@ -116,16 +115,14 @@ def parametrize(parametrization, width, depth, steps, base_width=BASE_WIDTH, bas
     A *_lr_mult multiplies the rate of one tensor class; -1 stands for the table's row.
     Raises ValueError for an unknown column or a size below 1.
     """
-    sizes = width, depth, steps, batch_size, base_width, base_depth, base_steps, base_batch_size
-    if min(sizes) < 1:
-        raise ValueError(f"width, depth, steps, batch_size and the base's must be at least 1, not {min(sizes)}")
+    if (smallest := min(width, depth, steps, batch_size, base_width, base_depth, base_steps, base_batch_size)) < 1:
+        raise ValueError(f"width, depth, steps, batch_size and those of the base must be at least 1, not {smallest}")
     if parametrization not in COLUMNS:
         raise ValueError(f"there is no parametrization {parametrization!r}; the columns are {', '.join(COLUMNS)}")
     symbols = {"m_w": width / base_width, "m_d": depth / base_depth, "m_t": steps / base_steps, "d": width,
                "m_b": batch_size / base_batch_size, "c": base_width ** -0.5, "α₀": alpha_init}
     numbers = {row: value(cell, **symbols) for row, cell in COLUMNS[parametrization].items()}
-    mults = dict(embedding=embedding_lr_mult, hidden=hidden_lr_mult, unembedding=unembedding_lr_mult,
-                 rescalers=rescalers_lr_mult)
+    mults = dict(zip(TENSOR_CLASSES, (embedding_lr_mult, hidden_lr_mult, unembedding_lr_mult, rescalers_lr_mult)))
     lr_scale = {key: numbers["lr"] * numbers["lr_" + key] * (numbers.get(key + "_mult", 1) if mult == -1 else mult)
                 for key, mult in mults.items() if "lr_" + key in numbers}
     return {row: number for row, number in numbers.items() if row.endswith(("_init", "_scale", "_std"))}, lr_scale

@@ -88,8 +88,8 @@ def data(tmp_path_factory):
 def options(data, out_dir, **changes):
     """Options of a run of 8 steps of 4 sequences that takes a fraction of a second, at twice the base size."""
     tiny = dict(width=32, depth=2, head_dim=8, seq_len=16, steps=8, batch_size=4, base_width=16, base_depth=1,
-                base_steps=4, base_batch_size=2, data=data, out_dir=out_dir, device="cpu", dtype="float32", compile=False, log_every=1,
-                eval_every=4, eval_tokens=304, checkpoint_every=4, sample_tokens=0)
+                base_steps=4, base_batch_size=2, data=data, out_dir=out_dir, device="cpu", dtype="float32",
+                compile=False, log_every=1, eval_every=4, eval_tokens=304, checkpoint_every=4, sample_tokens=0)
     return [f"--{key}={value}" for key, value in {**tiny, **changes}.items()]
 
 
@@ -366,6 +366,8 @@ def test_one_edit_adds_a_column_or_is_refused(tmp_path):
         return runpy.run_path(fork(tmp_path, "parametrize.py", edit).with_name("parametrize.py"))["parametrize"]
     own = edited("OWN = {", 'OWN = {"mine": ("nugpt", dict(lr_hidden="m_w^-0.85")),')
     mine, nugpt = own("mine", 2048, 20, 80_000), parametrize("nugpt", 2048, 20, 80_000)
+    batch = parametrize("nugpt_batch", 2048, 20, 80_000, batch_size=512, base_batch_size=8)[1]      # m_b = 2^6
+    assert batch == pytest.approx({tensors: 2 * rate for tensors, rate in nugpt[1].items()})
     assert mine[1].pop("hidden") == pytest.approx(0.5 * 2 ** -0.85) != nugpt[1].pop("hidden") and mine == nugpt
     for own in ('("nogpt", {})', '("nugpt", dict(lr_hiden="1"))'):
         with pytest.raises(SystemExit, match="your column 'mine' must start from one of ngpt, .* change some of lr, "):
@@ -810,6 +812,8 @@ def test_sweep_prints_or_runs_its_grid_names_what_failed_and_goes_on(data, tmp_p
     nugpt, ngpt = "0.015625,0.03125,1048576", "0.0078125,0.015625"      # ngpt has a grid of its own, but at the base
     both = lambda width, ngpt=ngpt: [("ngpt", width, ngpt), ("nugpt", width, nugpt)]
     assert sizes == [(*size, seed) for size in (*both("32"), *both("20"), *both("16", nugpt)) for seed in "01"]
+    batches = sweep("batch", DRY=1, SIZES="16:1:8:2 16:1:4:4", RULES="nugpt", SEEDS=0).stdout
+    assert re.findall(r"base_batch_size=(\d) .* --steps=(\d) --batch_size=(\d)", batches) == [(*"282",), (*"244",)]
     for _ in range(2):
         done = sweep(SEEDS="0", RULES="nugpt")
         failed = done.stdout.split("failed, and tried again")[1]        # width 20 is no multiple, and stops nobody
