@@ -36,7 +36,8 @@ IFS=: read -r base_width base_depth base_steps base_batch <<< "${BASE:=${SIZES%%
 shared="--head_dim=$HEAD_DIM --seq_len=$SEQ_LEN --micro_batch_size=0 --base_width=$base_width --base_depth=$base_depth
  --base_steps=$base_steps --base_batch_size=${base_batch:-$B} --alpha_init=${ALPHA_INIT:-0.05} --out_dir=
  --embedding_lr_mult=${EMBEDDING_LR_MULT:-$6} --unembedding_lr_mult=${UNEMBEDDING_LR_MULT:-$7} --sample_tokens=0
- --eval_every=1000000 --eval_tokens=${EVAL_TOKENS:-262144} --data=${DATA:-data/stdlib} --results=$RESULTS ${TRAIN_OPTIONS:-}"
+ --eval_every=1000000 --eval_tokens=${EVAL_TOKENS:-262144} --data=${DATA:-data/stdlib} --results=$RESULTS
+ ${TRAIN_OPTIONS:-}"
 powers() { for x in $1; do awk "BEGIN {printf \"%.17g\n\", 2 ^ ${x#2^}}"; done | paste -sd,; }
 
 search() {      # N settings that fill the ranges evenly, the same ones every time: multiples of √2, √3, √5, … modulo 1
