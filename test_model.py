@@ -656,6 +656,19 @@ def test_resumed_run_may_change_what_is_not_mathematics_and_nothing_else(data, t
     assert checkpoint(changed)["config"] == {**saved, **free, "resume": True}
 
 
+def test_wsd_goes_on_to_another_horizon_before_its_decay_and_is_bit_equal_to_that_run(data, tmp_path):
+    branch, short = tmp_path / "branch", tmp_path / "short"
+    def horizon(folder, n):
+        return options(data, folder, schedule="wsd", decay_fraction=0.5, steps=n, base_steps=n)
+    assert run(*horizon(short, 8)) == 0
+    assert signaled(signal.SIGKILL, 5, *horizon(branch, 16)) == -signal.SIGKILL     # its checkpoint is of step 4
+    for other in ("--steps=4", "--steps=8", "--base_steps=0", "--decay_fraction=0.8"):  # over, another m_t, in the decay
+        assert "which a resumed run cannot change" in run(f"--out_dir={branch}", "--resume", other)
+    assert run("--resume", *horizon(branch, 8)) == 0
+    assert_same_run(short, branch)
+    assert "has base_steps=8, steps=8" in run("--resume", *horizon(branch, 16))         # after its decay
+
+
 # ---------------------------------------------------------------- train.py: options, refusals, results
 
 def test_options_take_a_sign_or_a_space_and_booleans_may_stand_bare():

@@ -158,10 +158,15 @@ def load_run(given):
         fail(f"{path} is damaged, or of another version ({type(error).__name__})")
     automatic = dict(dtype="auto", vocab_size=0)        # saved as what they had come to stand for
     given = {key: value for key, value in given.items() if automatic.get(key) != value}
-    fixed = [key for key in given if key in MATHEMATICS and key != "data"]      # data may have moved: see run
-    if changed := [f"{key}={saved[key]}" for key in fixed if given[key] != saved[key]]:
-        fail(f"{config.out_dir} has {', '.join(changed)}, which a resumed run cannot change")
-    return Config(**{**saved, **given}), checkpoint
+    before, now, done = Config(**saved), Config(**{**saved, **given}), checkpoint["progress"]["step"]
+    changed = [key for key in given if key in MATHEMATICS and key != "data" and given[key] != saved[key]]
+    # wsd may go on to another horizon before its decay: that run would have had the same learning rates so far
+    if changed and not ({*changed} <= {"steps", "base_steps"} and
+                        done < now.steps and now.steps * before.base_steps == before.steps * now.base_steps and
+                        all(schedule(step, now) == schedule(step, before) for step in range(done))):
+        had = ", ".join(f"{key}={saved[key]}" for key in changed)
+        fail(f"{config.out_dir} has {had}, which a resumed run cannot change")
+    return now, checkpoint      # its data may have moved: see run
 
 def sequences(tokens, starts, seq_len, device):
     """Inputs and targets, both (B, T) int64, of the sequences that begin at starts."""
