@@ -22,7 +22,8 @@ case $axis in      # sizes are width:depth:steps, or width:depth:steps:batch_siz
     base)    sizes="$W:$D:$T" RULES=${RULES:-nugpt}; RULES=${RULES%% *}
              name=base_${RULES}_$(basename "${DATA:-stdlib}")_${W}x${D}x$T
              case $RULES in gpt_*) ranges=$plain ;; esac ;;
-    laptop)  sizes="$W:$D:$T $((2*W)):$D:$T $((3*W)):$D:$T" seeds=0 ngpt_grid="-8 -7.5 -7 -6.5 -6 -5.5 -5" ;;
+    laptop)  sizes="$W:$D:$T $((2*W)):$D:$T $((3*W)):$D:$T" seeds=0
+             grid="-6.5 -6 -5.5 -5 -4.5 -4" ngpt_grid="-8 -7.5 -7 -6.5 -6 -5.5 -5" ;;
     width)   sizes="$W:$D:$T $((2*W)):$D:$T $((4*W)):$D:$T $((8*W)):$D:$T" rules="ngpt nugpt nugpt_full" ;;
     depth)   sizes="$W:2:$T $W:8:$T $W:32:$T" rules="ngpt nugpt depth_mup" ngpt_grid=$grid ;;
     steps)   sizes="$W:$D:$T $W:$D:$((2*T)) $W:$D:$((4*T)) $W:$D:$((8*T)) $W:$D:$((16*T))" rules=nugpt ;;
