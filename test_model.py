@@ -662,7 +662,7 @@ def test_wsd_goes_on_to_another_horizon_before_its_decay_and_is_bit_equal_to_tha
         return options(data, folder, schedule="wsd", decay_fraction=0.5, steps=n, base_steps=n)
     assert run(*horizon(short, 8)) == 0
     assert signaled(signal.SIGKILL, 5, *horizon(branch, 16)) == -signal.SIGKILL     # its checkpoint is of step 4
-    for other in ("--steps=4", "--steps=8", "--base_steps=0", "--decay_fraction=0.8"):  # over, another m_t, in the decay
+    for other in ("--steps=4", "--steps=8", "--base_steps=0", "--decay_fraction=0.8"):  # over, other m_t, in the decay
         assert "which a resumed run cannot change" in run(f"--out_dir={branch}", "--resume", other)
     assert run("--resume", *horizon(branch, 8)) == 0
     assert_same_run(short, branch)
