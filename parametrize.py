@@ -122,9 +122,16 @@ def parametrize(parametrization, width, depth, steps, base_width=BASE_WIDTH, bas
     symbols = {"m_w": width / base_width, "m_d": depth / base_depth, "m_t": steps / base_steps, "d": width,
                "m_b": batch_size / base_batch_size, "c": base_width ** -0.5, "α₀": alpha_init}
     numbers = {row: value(cell, **symbols) for row, cell in COLUMNS[parametrization].items()}
-    mults = dict(zip(TENSOR_CLASSES, (embedding_lr_mult, hidden_lr_mult, unembedding_lr_mult, rescalers_lr_mult)))
-    lr_scale = {key: numbers["lr"] * numbers["lr_" + key] * (numbers.get(key + "_mult", 1) if mult == -1 else mult)
-                for key, mult in mults.items() if "lr_" + key in numbers}
+    # by name: a class that is added anywhere in TENSOR_CLASSES has the table's constant, or 1
+    mults = dict(embedding=embedding_lr_mult, hidden=hidden_lr_mult, unembedding=unembedding_lr_mult,
+                 rescalers=rescalers_lr_mult)
+    lr_scale = {}
+    for key in TENSOR_CLASSES:
+        if "lr_" + key in numbers:
+            mult = mults.get(key, -1)
+            if mult == -1:
+                mult = numbers.get(key + "_mult", 1)
+            lr_scale[key] = numbers["lr"] * numbers["lr_" + key] * mult
     return {row: number for row, number in numbers.items() if row.endswith(("_init", "_scale", "_std"))}, lr_scale
 
 

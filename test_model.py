@@ -347,6 +347,17 @@ def test_table_gives_the_numbers_worked_out_by_hand(column):
     assert other_start == pytest.approx({**values, "alpha_init": 4 * alpha})
 
 
+def test_a_class_added_in_the_middle_takes_no_other_classs_constant(monkeypatch):
+    classes = {"embedding": r"embedding", "gates": r"gate", **parametrize_py.TENSOR_CLASSES}
+    monkeypatch.setattr(parametrize_py, "TENSOR_CLASSES", classes)
+    monkeypatch.setitem(COLUMNS["nugpt"], "lr_gates", "m_w^-1/2")
+    changes = dict(embedding_lr_mult=2, hidden_lr_mult=3, unembedding_lr_mult=0.3, rescalers_lr_mult=5)
+    rates = parametrize("nugpt", 4096, 90, 1_250_000, **changes)[1]
+    assert list(rates) == ["embedding", "gates", "hidden", "unembedding", "rescalers"]
+    assert rates == pytest.approx(dict(embedding=0.2, gates=0.1, hidden=0.3535534 * 0.6,
+                                       unembedding=0.3535534 * 0.06, rescalers=1))
+
+
 def test_plain_columns_give_the_numbers_worked_out_by_hand_and_are_equal_at_the_base():
     for column, rate, unembedding_std in (("gpt_sp", 1, 1 / 64), ("gpt_mup", 1 / 4, 1 / 128)):
         initial, lr_scale = parametrize(column, 4096, 90, 1_250_000)
