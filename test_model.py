@@ -870,7 +870,8 @@ def test_requirements_allow_what_runs_here_and_not_what_is_known_to_fail():
     allowed = {wanted.name: wanted.specifier for wanted in map(Requirement, lines)}
     assert allowed.keys() == set("torch numpy tiktoken requests tqdm pytest matplotlib".split())
     assert all(version(name) in specifier for name, specifier in allowed.items())
-    assert "2.5.0" not in allowed["torch"]      # cuDNN attention's gradients can be NaN (pytorch#138649)
+    for wrong in ("2.5.1", "2.6.0"):        # the embedding's gradient is wrong if compiled for one CPU thread
+        assert wrong not in allowed["torch"]
 
 
 # ---------------------------------------------------------------- prepare_data.py: text and token files
