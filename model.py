@@ -1,16 +1,19 @@
 """
-The normalized Transformer: nGPT (arXiv:2410.01131) in the form of νGPT (arXiv:2604.27077, section 2).
+The normalized Transformer: nGPT (arXiv:2410.01131) as νGPT (arXiv:2604.27077, section 2) writes it.
 
-Every hidden state is a unit vector of d numbers, and every weight matrix is a stack of such vectors, one a row:
-F.linear(h, W) maps from the hidden state, y @ W maps back. A block does not add to the hidden state: it turns the
-state a little towards the block's output, by a learnable step per channel, the "eigen learning rate" α. How large α
-and the other rescalers start, and how fast everything moves, is in one table: see parametrize.py.
+Every hidden state is a unit vector of d numbers, and every weight matrix is a stack of such unit
+vectors. Attention and MLP do not add to the hidden state. They turn it a little towards their
+output, by a learnable step for each channel: the "eigen learning rate" α. How large α starts, and
+how fast everything moves, is the table in parametrize.py.
 
     model = GPT(GPTConfig(width=256, depth=4, head_dim=32, vocab_size=256, seq_len=128))
-    logits, loss = model(tokens, targets)        # tokens, targets: (B, T) int64
-    loss.backward(); optimizer.step(); model.normalize_weights()
+    logits, loss = model(tokens, targets)       # tokens, targets: (B, T) int64
+    loss.backward()
+    optimizer.step()
+    model.normalize_weights()                   # back to the sphere, after every optimizer step
 
-In comments: B sequences, T tokens each, d = width, H heads of D = head_dim, m = mlp_width, V = vocab_size.
+In comments: B sequences of T tokens, d = width, H heads of D = head_dim, m = mlp_width,
+V = vocab_size. Norm(x) = x / ‖x‖₂ over the last dimension. ⊙ multiplies entry by entry.
 """
 import math
 from dataclasses import dataclass
@@ -22,67 +25,81 @@ import torch.nn.functional as F
 
 @dataclass
 class GPTConfig:
-    width: int = 1024       # d_model; a multiple of head_dim
-    depth: int = 10         # number of blocks
-    head_dim: int = 64      # d_head; stays the same while the width grows
+    width: int = 1024           # d_model; a multiple of head_dim
+    depth: int = 10             # number of blocks
+    head_dim: int = 64          # d_head; stays the same while the width grows
     vocab_size: int = 50304
-    seq_len: int = 1024     # longest context
-    mlp_ratio: float = 8 / 3
-    # Where each rescaler starts and how fast Adam moves it, see Rescaler: nGPT's values, None being width^-1/2
-    alpha_init: float = 0.05            # α_A, α_M: eigen learning rates of attention and MLP
-    alpha_scale: float | None = None
-    qk_init: float = 1.0                # s_qk: queries and keys
-    qk_scale: float | None = None
-    mlp_init: float = 1.0               # s_u, s_ν: the MLP's hidden units
-    mlp_scale: float = 1.0
-    logit_init: float = 1.0             # s_z: logits
-    logit_scale: float | None = None
-    embedding_std: float = 1.0          # the plain GPT alone starts from these standard deviations; None: width^-1/2
-    hidden_std: float | None = None
-    unembedding_std: float | None = None
+    seq_len: int = 1024         # longest context
+    mlp_ratio: float = 8 / 3    # width of the MLP over the width of the model
+
+    # Where each rescaler starts, and how fast Adam moves it: see Rescaler. train.py takes these
+    # from the table in parametrize.py; nGPT's stand here, for use without the table.
+    alpha_A_init: float = 0.05              # α_A: step towards the attention's output
+    alpha_A_scale: float | None = None      # None here and below: width^-1/2
+    alpha_M_init: float = 0.05              # α_M: step towards the MLP's output
+    alpha_M_scale: float | None = None
+    s_qk_init: float = 1.0                  # s_qk: queries and keys
+    s_qk_scale: float | None = None
+    s_u_init: float = 1.0                   # s_u: the MLP's hidden units
+    s_u_scale: float = 1.0
+    s_nu_init: float = 1.0                  # s_ν: their gates
+    s_nu_scale: float = 1.0
+    s_z_init: float = 1.0                   # s_z: logits
+    s_z_scale: float | None = None
 
     def __post_init__(self):
         if self.head_dim < 2 or self.head_dim % 2:
-            raise ValueError(f"head_dim must be positive and even: RoPE turns pairs of channels. It is {self.head_dim}")
+            raise ValueError("head_dim must be positive and even, since RoPE turns pairs of "
+                             f"channels. It is {self.head_dim}")
         if self.width < 1 or self.width % self.head_dim:
-            raise ValueError(f"width must be a positive multiple of head_dim={self.head_dim}, not {self.width}")
-        for name in ("alpha_scale", "qk_scale", "logit_scale", "hidden_std", "unembedding_std"):
+            raise ValueError(f"width must be a positive multiple of head_dim={self.head_dim}, "
+                             f"not {self.width}")
+        for name in ("alpha_A_scale", "alpha_M_scale", "s_qk_scale", "s_z_scale"):
             if getattr(self, name) is None:
                 setattr(self, name, self.width ** -0.5)
 
     @property
     def mlp_width(self):
+        """d_MLP: mlp_ratio · width, rounded to a multiple of 16."""
         return max(16, 16 * round(self.mlp_ratio * self.width / 16))
 
 
 def norm(x):
-    """Norm(x) = x / ‖x‖₂ over the last dimension, in fp32 and without a trainable gain. Same shape as x."""
+    """Norm(x) = x / ‖x‖₂ over the last dimension, in fp32 and without a trainable gain."""
     return F.normalize(x.float(), dim=-1)
 
 
 def rope_table(seq_len, head_dim):
-    """cos and sin of RoPE's angles t · 10000^(-2i/D), arXiv:2104.09864 eq. 15, as one (2, T, D/2) fp32 tensor."""
-    angles = torch.outer(torch.arange(seq_len).float(), 10000.0 ** (-torch.arange(0, head_dim, 2) / head_dim))
+    """cos and sin of RoPE's angles t · 10000^(-2i/D), stacked: (2, T, D/2) fp32.
+    arXiv:2104.09864, equation 15."""
+    frequencies = 10000.0 ** (-torch.arange(0, head_dim, 2) / head_dim)
+    angles = torch.outer(torch.arange(seq_len).float(), frequencies)
     return torch.stack((angles.cos(), angles.sin()))
 
 
-def rope(x, table):
-    """Turn channels i and i + D/2 of x (..., T, D) as a pair by the angle of their position: a true rotation."""
-    (cos, sin), (a, b) = table, x.float().chunk(2, dim=-1)
+def rope(x, cos_sin):
+    """x (..., T, D) with channels i and i + D/2 turned, as a pair, by their position's angle."""
+    cos, sin = cos_sin
+    a, b = x.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
 
 
 class Rescaler(nn.Module):
-    """A trainable tensor that multiplies activations: its value is raw · init/scale, and raw starts at scale. Adam
-    moves raw by about η a step whatever its size, so the relative change a step is η/scale. nGPT section 2.5."""
+    """A trainable tensor that multiplies activations. Its value is raw · init/scale, and raw starts
+    at scale: so `init` is where the value starts. Adam moves raw by about its learning rate a step,
+    whatever the gradient: so the value moves by about rate · init/scale, and 1/scale is its speed
+    in units of init. nGPT, section 2.5."""
+
     def __init__(self, *shape, init, scale):
         super().__init__()
-        self.init, self.scale = init, scale
+        self.init = init
+        self.scale = scale
         self.raw = nn.Parameter(torch.empty(shape))
-        # init/scale as a tensor: torch.compile would compile a Python number into its code, anew for every column
+        # init/scale is a tensor, not a Python number: torch.compile would compile a number into
+        # its code. A sweep over several columns of the table would compile anew for each.
         self.register_buffer("gain", torch.empty(()), persistent=False)
 
-    def draw_weights(self):
+    def reset(self):
         self.raw.fill_(self.scale)
         self.gain.fill_(self.init / self.scale)
 
@@ -91,118 +108,167 @@ class Rescaler(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each followed by a step on the sphere. (B, T, d) unit vectors to (B, T, d) unit vectors."""
+    """Attention and MLP, each followed by a step on the sphere.
+    Takes and returns hidden states h (B, T, d), which are unit vectors."""
+
     def __init__(self, config):
         super().__init__()
-        self.config, d, m = config, config.width, config.mlp_width
-        self.qkv = nn.Parameter(torch.empty(3 * d, d))      # W_q over W_k over W_v
-        self.attn_out = nn.Parameter(torch.empty(d, d))     # W_O, transposed
-        self.mlp_in = nn.Parameter(torch.empty(2 * m, d))   # W_u over W_ν
-        self.mlp_out = nn.Parameter(torch.empty(m, d))      # W_oMLP, transposed
-        self.s_qk = Rescaler(d // config.head_dim, 1, config.head_dim, init=config.qk_init, scale=config.qk_scale)
-        self.s_u = Rescaler(m, init=config.mlp_init, scale=config.mlp_scale)
-        self.s_v = Rescaler(m, init=config.mlp_init, scale=config.mlp_scale)            # s_ν
-        self.attn_alpha = Rescaler(d, init=config.alpha_init, scale=config.alpha_scale) # α_A
-        self.mlp_alpha = Rescaler(d, init=config.alpha_init, scale=config.alpha_scale)  # α_M
+        d = config.width
+        m = config.mlp_width
+        D = config.head_dim
+        H = d // D
+        self.config = config
+        # Each row of each matrix is a unit vector of length d. Matrices that map from the hidden
+        # state are used as F.linear(h, W). The two that map back to it, W_O and W_oMLP, are
+        # stored transposed and used as y @ W.
+        self.W_q = nn.Parameter(torch.empty(d, d))
+        self.W_k = nn.Parameter(torch.empty(d, d))
+        self.W_v = nn.Parameter(torch.empty(d, d))
+        self.W_O = nn.Parameter(torch.empty(d, d))
+        self.W_u = nn.Parameter(torch.empty(m, d))
+        self.W_nu = nn.Parameter(torch.empty(m, d))
+        self.W_oMLP = nn.Parameter(torch.empty(m, d))
+        self.s_qk = Rescaler(H, 1, D, init=config.s_qk_init, scale=config.s_qk_scale)
+        self.s_u = Rescaler(m, init=config.s_u_init, scale=config.s_u_scale)
+        self.s_nu = Rescaler(m, init=config.s_nu_init, scale=config.s_nu_scale)
+        self.alpha_A = Rescaler(d, init=config.alpha_A_init, scale=config.alpha_A_scale)
+        self.alpha_M = Rescaler(d, init=config.alpha_M_init, scale=config.alpha_M_scale)
 
-    def attention(self, h, table):
-        (B, T, d), D = h.shape, self.config.head_dim
-        q, k, v = F.linear(h, self.qkv).view(B, T, 3, d // D, D).permute(2, 0, 3, 1, 4)     # each (B, H, T, D)
-        q = norm(rope(q, table)) * self.s_qk().square()     # q ⊙ s_qk · k ⊙ s_qk: both s_qk on q, which is faster
-        k = norm(rope(k, table))
-        # q·k of unit vectors has variance 1/D, so the softmax scale is √D where a plain Transformer has 1/√D
-        y = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, is_causal=True, scale=math.sqrt(D))
-        return y.transpose(1, 2).reshape(B, T, d) @ self.attn_out
+    def attention(self, h, cos_sin):
+        """(B, T, d) to (B, T, d)."""
+        B, T, d = h.shape
+        D = self.config.head_dim
+        # q = W_q h, k = W_k h, v = W_v h. One product for all three takes 5 % less of a step
+        # than three (width 264 on a CPU core, bf16).
+        qkv = F.linear(h, torch.cat((self.W_q, self.W_k, self.W_v)))
+        q, k, v = qkv.view(B, T, 3, d // D, D).permute(2, 0, 3, 1, 4)       # each (B, H, T, D)
+        s_qk = self.s_qk()
+        q = norm(rope(q, cos_sin)) * s_qk
+        k = norm(rope(k, cos_sin)) * s_qk
+        # The dot product of two unit vectors has variance 1/D. So the softmax scale is √D,
+        # where the usual Transformer has 1/√D.
+        y = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v,
+                                           is_causal=True, scale=math.sqrt(D))
+        return y.transpose(1, 2).reshape(B, T, d) @ self.W_O
 
     def mlp(self, h):
-        # u = (W_u h) ⊙ s_u and ν = (W_ν h) ⊙ s_ν √d, the factors on the rows of W: less memory traffic than on u and ν
-        s = torch.cat((self.s_u(), self.s_v() * math.sqrt(self.config.width)))
-        u, v = F.linear(h, self.mlp_in * s[:, None]).chunk(2, dim=-1)       # u, ν: each (B, T, m)
-        return (F.silu(v) * u) @ self.mlp_out
+        """(B, T, d) to (B, T, d)."""
+        # u = (W_u h) ⊙ s_u and ν = (W_ν h) ⊙ s_ν · √d. The factors are put on the rows of W:
+        # on u and ν they take 8 % more of a step (one CPU core).
+        s_u = self.s_u()
+        s_nu = self.s_nu() * math.sqrt(self.config.width)
+        u = F.linear(h, self.W_u * s_u[:, None])        # (B, T, m)
+        nu = F.linear(h, self.W_nu * s_nu[:, None])
+        return (u * F.silu(nu)) @ self.W_oMLP
 
-    def forward(self, h, table):
-        # h ← Norm(h + α (Norm(block(h)) - h)): a step of a fraction |α| from h towards the block's output, written as a
-        # weighted sum, which keeps less for backward than torch.lerp
-        a_A, a_M = self.attn_alpha().abs(), self.mlp_alpha().abs()
-        h = norm(h * (1 - a_A) + norm(self.attention(h, table)) * a_A)
-        return norm(h * (1 - a_M) + norm(self.mlp(h)) * a_M)
+    def forward(self, h, cos_sin):
+        # h ← Norm(h + |α| ⊙ (Norm(f(h)) - h)), f being attention, then MLP: a step from h towards
+        # f(h), never away from it. As a weighted sum it keeps less memory for backward.
+        alpha_A = self.alpha_A().abs()
+        alpha_M = self.alpha_M().abs()
+        h = norm(h * (1 - alpha_A) + norm(self.attention(h, cos_sin)) * alpha_A)
+        h = norm(h * (1 - alpha_M) + norm(self.mlp(h)) * alpha_M)
+        return h
 
 
 class GPT(nn.Module):
-    """Parameters are fp32. Under torch.autocast the matrix products are bf16, hidden states and norms stay fp32."""
-    block = Block
+    """The model. Parameters are fp32. Under torch.autocast the matrix products are bf16, while
+    hidden states and norms stay fp32."""
+
+    block = Block       # a fork may put another block here
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.width))     # E_in
+        V = config.vocab_size
+        d = config.width
+        self.embedding = nn.Parameter(torch.empty(V, d))        # E_in
+        self.unembedding = nn.Parameter(torch.empty(V, d))      # E_out, not tied to E_in
         self.blocks = nn.ModuleList(self.block(config) for _ in range(config.depth))
-        self.unembedding = nn.Parameter(torch.empty(config.vocab_size, config.width))   # E_out, not tied
-        self.s_z = Rescaler(config.vocab_size, init=config.logit_init, scale=config.logit_scale)
-        self.register_buffer("rope", torch.empty(2, config.seq_len, config.head_dim // 2), persistent=False)
+        self.s_z = Rescaler(V, init=config.s_z_init, scale=config.s_z_scale)
+        cos_sin = torch.empty(2, config.seq_len, config.head_dim // 2)
+        self.register_buffer("cos_sin", cos_sin, persistent=False)
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):
-        """Draw all weights; call it again after `to_empty` from the meta device. Raises ValueError if one is left."""
+        """Set all weights and buffers; to be called again after `to_empty` from the meta device.
+        Raises ValueError if a parameter is left without a value."""
         for parameter in self.parameters():
             parameter.fill_(math.nan)
         self.draw_weights()
-        self.rope.copy_(rope_table(self.config.seq_len, self.config.head_dim))
+        self.cos_sin.copy_(rope_table(self.config.seq_len, self.config.head_dim))
         for name, parameter in self.named_parameters():
             if not parameter.is_meta and parameter.isnan().any():
                 raise ValueError(f"nobody initialized {name}: do it in draw_weights, model.py")
 
     def draw_weights(self):
-        """Gaussian matrices, put on the sphere, so that their variance does not matter; rescalers at their scale."""
-        for module in self.modules():
-            if isinstance(module, Rescaler):
-                module.draw_weights()
+        """Draw Gaussian matrices and put them on the sphere, so that their variance does not
+        matter; set rescalers to their scale."""
         for weight in self.matrices():
             weight.normal_()
         self.normalize_weights()
+        for module in self.modules():
+            if isinstance(module, Rescaler):
+                module.reset()
 
     def matrices(self):
-        """All matrices, a list of (number of vectors, d) parameters."""
-        return [p for name, p in self.named_parameters() if p.dim() == 2 and not name.endswith(".raw")]
+        """All matrices: a list of (number of unit vectors, d) parameters."""
+        matrices = []
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2 and not name.endswith(".raw"):      # .raw: a fork's rescaler
+                matrices.append(parameter)
+        return matrices
 
     @torch.no_grad()
     def normalize_weights(self):
-        """Put every weight back on the sphere, in place and in fp32. To be called after every optimizer step."""
+        """Put every row of every matrix back on the sphere, in place and in fp32."""
         for weight in self.matrices():
             weight.copy_(norm(weight))
 
     def hidden(self, tokens):
-        """Last hidden state (B, T, d), unit vectors, of tokens (B, T). Raises ValueError if T is more than seq_len."""
-        if tokens.size(1) > self.config.seq_len:
-            raise ValueError(f"{tokens.size(1)} tokens are more than the model's seq_len={self.config.seq_len}")
-        h, table = F.embedding(tokens, self.embedding), self.rope[:, :tokens.size(1)]
+        """Last hidden states (B, T, d), unit vectors, of tokens (B, T). Raises ValueError if T is
+        more than seq_len."""
+        T = tokens.size(1)
+        if T > self.config.seq_len:
+            raise ValueError(f"{T} tokens are more than the model's seq_len={self.config.seq_len}")
+        cos_sin = self.cos_sin[:, :T]
+        h = F.embedding(tokens, self.embedding)
         for block in self.blocks:
-            h = block(h, table)
+            h = block(h, cos_sin)
         return h
 
     def unembed(self, h):
-        """Logits z = (E_out h) ⊙ s_z, (B, T, V), of hidden states (B, T, d); s_z stands on the rows of E_out."""
+        """Logits (B, T, V) of hidden states (B, T, d)."""
+        # z = (E_out h) ⊙ s_z. In training E_out has fewer numbers than the logits, so s_z is
+        # put on its rows.
         return F.linear(h, self.unembedding * self.s_z()[:, None])
 
     def forward(self, tokens, targets=None):
-        """(logits (B, T, V), loss) of tokens (B, T), integers below V. loss: mean cross-entropy in nats a token against
-        targets (B, T), where -1 does not count; beside a loss logits carry no gradient. No targets: loss is None."""
+        """(logits, loss) of tokens (B, T), which are integers below V. logits: (B, T, V).
+        loss: mean cross-entropy against targets (B, T) in nats a token, where a target of -1 does
+        not count. Without targets the loss is None. Beside a loss the logits carry no gradient."""
         logits = self.unembed(self.hidden(tokens))
         if targets is None:
             return logits, None
-        return logits.detach(), F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1)
+        loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1)
+        # detached: else backward would make a gradient of zeros as large as the logits
+        return logits.detach(), loss
 
     @torch.no_grad()
     def generate(self, tokens, max_new_tokens, temperature=1.0, top_k=None):
-        """tokens (B, T ≥ 1) and max_new_tokens after them, drawn from the top_k likeliest; greedy at temperature 0."""
+        """tokens (B, T ≥ 1) followed by max_new_tokens, each drawn from the top_k likeliest; the
+        likeliest itself at temperature 0."""
         for _ in range(max_new_tokens):
-            logits = self.unembed(self.hidden(tokens[:, -self.config.seq_len:])[:, -1]).float()
+            context = tokens[:, -self.config.seq_len:]
+            logits = self.unembed(self.hidden(context)[:, -1]).float()      # (B, V)
             if top_k is not None:
-                kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
-                logits = logits.masked_fill(logits < kth, -math.inf)
-            new = (logits.argmax(-1, keepdim=True) if temperature == 0 else
-                   torch.multinomial(F.softmax(logits / temperature, dim=-1), 1))
+                largest = logits.topk(min(top_k, logits.size(-1))).values
+                logits = logits.masked_fill(logits < largest[:, -1:], -math.inf)
+            if temperature == 0:
+                new = logits.argmax(-1, keepdim=True)
+            else:
+                new = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1)
             tokens = torch.cat((tokens, new), dim=1)
         return tokens
 
@@ -210,51 +276,8 @@ class GPT(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
     def flops_per_token(self):
-        """FLOPs of forward and backward a token, as PaLM (arXiv:2204.02311, appendix B) counts them."""
-        matmul_params = sum(weight.numel() for weight in self.matrices()) - self.embedding.numel()
-        return 6 * matmul_params + 12 * self.config.depth * self.config.width * self.config.seq_len
-
-
-# ---------------------------------------------------------------- the opponent, for comparisons; nothing above needs it
-
-def rms_norm(x):
-    return norm(x) * math.sqrt(x.size(-1))
-
-
-class PlainBlock(nn.Module):
-    """The usual block: RMSNorm without gains before attention and MLP, whose outputs are added to h (B, T, d)."""
-    def __init__(self, config):
-        super().__init__()
-        self.config, d, m = config, config.width, config.mlp_width
-        self.qkv, self.attn_out = nn.Parameter(torch.empty(3 * d, d)), nn.Parameter(torch.empty(d, d))
-        self.mlp_in, self.mlp_out = nn.Parameter(torch.empty(2 * m, d)), nn.Parameter(torch.empty(m, d))
-
-    def forward(self, h, table):
-        (B, T, d), D = h.shape, self.config.head_dim
-        q, k, v = F.linear(rms_norm(h), self.qkv).view(B, T, 3, d // D, D).permute(2, 0, 3, 1, 4)
-        q, k = rope(q, table).to(v.dtype), rope(k, table).to(v.dtype)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)     # softmax scale 1/√D
-        h = h + y.transpose(1, 2).reshape(B, T, d) @ self.attn_out
-        u, v = F.linear(rms_norm(h), self.mlp_in).chunk(2, dim=-1)
-        return h + (F.silu(v) * u) @ self.mlp_out
-
-
-class PlainGPT(GPT):
-    """A standard GPT: pre-norm, RoPE, SwiGLU, no biases. Same interface; it needs weight decay and warm-up."""
-    block = PlainBlock
-
-    def draw_weights(self):
-        config, self.s_z = self.config, None        # logits are not rescaled
-        self.embedding.normal_(std=config.embedding_std)
-        self.unembedding.normal_(std=config.unembedding_std)
-        for block in self.blocks:
-            block.qkv.normal_(std=config.hidden_std)
-            block.mlp_in.normal_(std=config.hidden_std)
-            for out in (block.attn_out, block.mlp_out):     # smaller, as 2 · depth of them are added up (GPT-2, 2.3)
-                out.normal_(std=config.hidden_std * (2 * config.depth) ** -0.5)
-
-    def normalize_weights(self):
-        pass
-
-    def unembed(self, h):
-        return F.linear(rms_norm(h), self.unembedding)
+        """FLOPs of forward and backward for one token. PaLM (arXiv:2204.02311), appendix B."""
+        all_matrices = sum(weight.numel() for weight in self.matrices())
+        multiplied = all_matrices - self.embedding.numel()      # the embedding is a look-up
+        attention = 12 * self.config.depth * self.config.width * self.config.seq_len
+        return 6 * multiplied + attention

@@ -1,176 +1,267 @@
 """
-The learning-rate rules of normalized Transformers as one table: what changes when a model is wider, deeper or trained
-longer than the base model on which the learning rate η was tuned. Rows are quantities, columns are rules.
+The learning-rate rules of normalized Transformers as one table: what changes when a model is wider,
+deeper or trained longer than the base, the small model on which the learning rate η was tuned.
+Rows are quantities, columns are rules.
 
     python parametrize.py                                           print the table
-    python parametrize.py --width=4096 --depth=48 --steps=100000    the numbers of one model, in every column
+    python parametrize.py --width=4096 --depth=48 --steps=100000    the numbers of one model
 
-m_w = width / base_width, m_d = depth / base_depth, m_t = steps / base_steps, m_b = batch_size / base_batch_size,
-d = width, c = base_width^-1/2, α₀ = --alpha_init. A cell is a product of powers; "?": the paper does not settle it.
-A rescaler is raw · init/scale: init is where the rescaler starts, 1/scale is how fast Adam moves it.
+    rate of a tensor = η · schedule(step) · lr · lr_<its class> · <its class>_lr_mult
+
+The last factor is an option of train.py, 1 but for the unembedding: see "Constants" below. A
+rescaler is raw · init/scale, and raw starts at scale; its value moves by about rate · init/scale a
+step.
+
+m_w = width / base_width, m_d = depth / base_depth, m_t = steps / base_steps,
+m_b = batch_size / base_batch_size, d = width, c = (base_width)^-1/2, α₀ = train.py's --alpha_init.
+A cell is a product of powers. A "?" marks what the papers' public text does not settle.
 """
 import argparse
 import re
+import signal
 import sys
 from fractions import Fraction
 
 TABLE = """
-                | ngpt   | mup       | depth_mup          | nugpt_full | nugpt_none | nugpt     | what it sets
-lr              | 1      | m_t^-1/3  | m_t^-1/3           | m_t^-1/3   | m_t^-1/3   | m_t^-1/3  | η of all tensors ×
-lr_embedding    | 1      | m_w^-1/2  | m_w^-1/2           | m_w^-1/2   | m_w^-1/2   | m_w^-1/2  |   embedding E_in ×
-lr_hidden       | 1      | m_w^-1    | m_w^-3/4?·m_d^-1/2 | m_w^-1     | m_w^-1/2   | m_w^-3/4  |   block matrices ×
-lr_unembedding  | 1      | m_w^-1/2  | m_w^-3/4?          | m_w^-1     | m_w^-1/2   | m_w^-3/4  |   unembedding E_out ×
-lr_rescalers    | 1      | 1         | 1                  | 1          | 1          | 1         |   rescalers ×
-embedding_mult  | 1      | 1         | 1                  | 1          | 1          | 1         | E_in ×, base constant
-unembedding_mult| 1      | 1/2       | 1/2                | 1/2        | 1/2        | 1/2       | E_out ×, base constant
-alpha_init      | α₀     | α₀·m_d^-1 | α₀·m_d^-1/2        | α₀·m_d^-1  | α₀·m_d^-1  | α₀·m_d^-1 | eigen learning rates
-alpha_scale     | d^-1/2 | c         | c                  | c          | c          | c         |
-qk_init         | 1      | 1         | 1                  | 1          | 1          | 1         | s_qk
-qk_scale        | d^-1/2 | c         | c                  | c          | c          | c         |
-mlp_init        | 1      | 1         | 1                  | 1          | 1          | 1         | s_u, s_ν
-mlp_scale       | 1      | 1         | 1                  | 1          | 1          | 1         |
-logit_init      | 1      | 1         | m_w^1/2?           | m_w^1/2    | m_w^1/2    | m_w^1/2   | s_z
-logit_scale     | d^-1/2 | c         | c                  | c          | c          | c         |
+               | ngpt   | mup       | nugpt     | what it sets
+lr             | 1      | m_t^-1/3  | m_t^-1/3  | multiplies η for every tensor
+lr_embedding   | 1      | m_w^-1/2  | m_w^-1/2  | ... and for the embedding E_in
+lr_hidden      | 1      | m_w^-1    | m_w^-3/4  | ... and for the blocks' matrices
+lr_unembedding | 1      | m_w^-1/2  | m_w^-3/4  | ... and for the unembedding E_out
+alpha_init     | α₀     | α₀·m_d^-1 | α₀·m_d^-1 | init of α_A and α_M
+s_z_init       | 1      | 1         | m_w^1/2   | init of s_z
+scale          | d^-1/2 | c         | c         | scale of α_A, α_M, s_qk and s_z
 """
 
-# Your own column is one line: its start, and the cells it changes. Rename an edited column: results know its name.
-OWN = {
-    "measured": ("nugpt", dict(lr_hidden="m_w^-0.86", lr_unembedding="m_w^-0.83")),     # of results/alignment.csv
-    "nugpt_batch": ("nugpt", dict(lr="m_b^1/6·m_t^-1/3")),  # √batch at equal tokens; see results/batch_tokens.csv
+# Two rows of the table set several numbers of model.GPTConfig at once.
+ROW_SETS = {
+    "alpha_init": ["alpha_A_init", "alpha_M_init"],
+    "scale": ["alpha_A_scale", "alpha_M_scale", "s_qk_scale", "s_z_scale"],
 }
 
-NOTES = """\
-  ngpt        nGPT as published (arXiv:2410.01131): one η for all tensors, rescaler scales that follow the width.
-  nugpt       νGPT (arXiv:2604.27077). -3/4 is the alignment that the paper measured, between none (-1/2, nugpt_none)
-              and full (-1, nugpt_full). The column `measured` has the alignment of results/alignment.csv instead.
-  mup         the paper's μP for widths. The paper states the power of m_t; a lemma gives the other cells.
-  depth_mup   the counter-example: m_d^-1/2 on the hidden rate breaks transfer over depth (section 4.5).
-  lr          m_t^-1/3 is a fit, not a theorem (section 4.6). It fits cosine and linear; wsd wants about -1/2.
-  *_mult      tuned on the base model (sections 3.1, 7.4), by --embedding_lr_mult and --unembedding_lr_mult. With
-              one value for all columns, all columns are the same model and optimizer at the base size.
-  logit_init  m_w^1/2 is missing from the paper's list of rules, but Lemma 6.8 and section 7.5 need it.
-  ?           depth_mup's power of width, unembedding and s_z are νGPT's, so only the rules for depth differ.
-"""
-
-# The opponent, model.PlainGPT, and its μP (arXiv:2203.03466 table 3): E_out's std and rate carry the output multiplier.
-PLAIN_TABLE = """
-                | gpt_sp | gpt_mup    | what it sets; train with --weight_decay=0.1 --warmup_steps=…
-lr              | 1      | 1          | η of all tensors, times
-lr_embedding    | 1      | 1          |   for the embedding
-lr_hidden       | 1      | m_w^-1     |   for the blocks' matrices
-lr_unembedding  | 1      | m_w^-1     |   for the unembedding
-embedding_mult  | 1      | 1          | and these; tuned at the base
-unembedding_mult| 1      | 1          |
-embedding_std   | 1      | 1          | initial standard deviation of the embedding
-hidden_std      | d^-1/2 | d^-1/2     |   of the blocks' matrices (output matrices: × (2 · depth)^-1/2)
-unembedding_std | d^-1/2 | c · m_w^-1 |   of the unembedding
-"""
-
-TENSOR_CLASSES = {      # class: its parameters' names in model.py
-    "embedding": r"embedding",
-    "hidden": r"blocks\.\d+\.\w+",
-    "unembedding": r"unembedding",
-    "rescalers": r".*\.raw",
+# More columns, each a line: the column it starts from, and the cells that differ. Yours is such a
+# line. A line may set any row of the table, the numbers in ROW_SETS one by one, and also
+# lr_rescalers, s_qk_init, s_u_init, s_u_scale, s_nu_init and s_nu_scale, which are 1 if no line
+# sets them. Tables of results have a column's name, not its cells: rename a column you edit.
+VARIANTS = {
+    # the two ends between which the paper's -3/4 lies: see "Why these powers"
+    "nugpt_full": ("nugpt", {"lr_hidden": "m_w^-1", "lr_unembedding": "m_w^-1"}),
+    "nugpt_none": ("nugpt", {"lr_hidden": "m_w^-1/2", "lr_unembedding": "m_w^-1/2"}),
+    # the paper's counter-example: its m_d^-1/2 breaks transfer over depth (section 4.5). The text
+    # does not settle its powers of width; they are nugpt's here, so that only depth differs.
+    "depth_mup": ("nugpt", {"lr_hidden": "m_w^-3/4? · m_d^-1/2", "lr_unembedding": "m_w^-3/4?",
+                            "s_z_init": "m_w^1/2?", "alpha_init": "α₀·m_d^-1/2"}),
+    # ours: with the same number of tokens m_t = 1/m_b, so that η grows as m_b^(1/6 + 1/3), √batch
+    "nugpt_batch": ("nugpt", {"lr": "m_b^1/6 · m_t^-1/3"}),
+    # ours: the alignment measured in results/alignment.csv
+    "measured": ("nugpt", {"lr_hidden": "m_w^-0.86", "lr_unembedding": "m_w^-0.83"}),
 }
-BASE_WIDTH, BASE_DEPTH, BASE_STEPS, BASE_BATCH, ALPHA_INIT = 1024, 10, 10_000, 64, 0.05     # train.py's defaults, too
+
+REASONS = """
+Why these powers.
+  A hidden state h has entries of about d^-1/2, and so should W h, at every width d.
+  Adam changes each entry of W by about its rate, whatever the gradient's size.
+  If these changes have nothing to do with h, their effect on an entry of W h is about the rate, and
+  the rate must be d^-1/2. If they are all aligned with h, the effect is √d times the rate, and the
+  rate must be d^-1. Relative to the base: m_w^-1/2 without alignment (nugpt_none), m_w^-1 with full
+  alignment (nugpt_full). arXiv:2407.05872. The paper measured between, and takes m_w^-3/4 (nugpt).
+  A row of the embedding is a hidden state: its entries are d^-1/2, and nothing is summed: m_w^-1/2.
+  The logits E_out h are products of unit vectors and shrink as d^-1/2: s_z starts at m_w^1/2.
+  nGPT's scale lets rescalers move faster, the wider the model; c keeps the speed of the base.
+Where the cells come from.
+  ngpt      arXiv:2410.01131: no rule; rescaler scales that follow the width.
+  mup       the paper's "μP for widths". It states the power of m_t; a lemma gives the other cells.
+  nugpt     arXiv:2604.27077. m_t^-1/3 is a fit, not a theorem (section 4.6). It fits the schedules
+            cosine and linear; wsd wants about -1/2.
+  s_z_init  m_w^1/2 is missing from the paper's list of rules; Lemma 6.8 and section 7.5 need it.
+Constants.
+  --embedding_lr_mult (1), --unembedding_lr_mult (1/2) and --alpha_init (0.05) are tuned on the base
+  with η (sections 3.1 and 7.4; the paper's values in brackets). They hold for all columns, so that
+  at the base size all columns are one model and one optimizer, bit for bit.
+"""
+
+# Each parameter of model.py belongs to one class, which has a learning rate of its own.
+# A class is a list of names. A parameter belongs to it if a part of its own name is in the list:
+# blocks.3.W_q is hidden, since W_q is. For a class without a row lr_<class> that factor is 1.
+TENSOR_CLASSES = {
+    "embedding": ["embedding"],
+    "hidden": ["W_q", "W_k", "W_v", "W_O", "W_u", "W_nu", "W_oMLP"],
+    "unembedding": ["unembedding"],
+    "rescalers": ["s_qk", "s_u", "s_nu", "s_z", "alpha_A", "alpha_M"],
+}
 
 
 def read_table(text):
-    """A table as {column: {row: cell}}. Leaves with a sentence for a row with too many or too few cells."""
-    (_, *names, _), *rows = ([cell.strip() for cell in line.split("|")] for line in text.strip("\n").splitlines())
-    for row, *cells in rows:
+    """A table as {column: {row: cell}}. Leaves with a sentence if a row has not as many cells as
+    there are columns."""
+    head, *rows = text.strip("\n").splitlines()
+    names = [name.strip() for name in head.split("|")[1:-1]]
+    columns = {name: {} for name in names}
+    for line in rows:
+        row, *cells = [cell.strip() for cell in line.split("|")]
         if len(cells) != len(names) + 1:
-            sys.exit(f"parametrize.py: row {row!r} has {len(cells) - 1} cells, but there are {len(names)} columns")
-    return {name: {row: cells[i] for row, *cells in rows} for i, name in enumerate(names)}
+            sys.exit(f"parametrize.py: row {row!r} has {len(cells) - 1} cells, "
+                     f"but there are {len(names)} columns")
+        for name, cell in zip(names, cells):
+            columns[name][row] = cell
+    return columns
 
 
-COLUMNS = read_table(TABLE) | read_table(PLAIN_TABLE)
-for name, (start, cells) in OWN.items():
-    if start not in COLUMNS or not cells.keys() <= COLUMNS[start].keys():
-        sys.exit(f"parametrize.py: your column {name!r} must start from one of {', '.join(COLUMNS)}, and change "
-                 f"some of {', '.join(COLUMNS.get(start, COLUMNS['nugpt']))}")
-    COLUMNS[name] = {**COLUMNS[start], **cells}
+def expand(cells):
+    """Cells with each row of ROW_SETS replaced by the rows that it sets."""
+    expanded = {}
+    for row, cell in cells.items():
+        for name in ROW_SETS.get(row, [row]):
+            expanded[name] = cell
+    return expanded
 
 
-def value(cell, **symbols):
-    """The number of a cell: value("0.05 · m_d^-1/2", m_d=4) = 0.025. Raises ValueError if the cell cannot be read."""
+def may_set(row):
+    """Whether a line of VARIANTS may set this row."""
+    if row in COLUMNS["nugpt"]:
+        return True
+    if row in ("s_qk_init", "s_u_init", "s_u_scale", "s_nu_init", "s_nu_scale"):
+        return True
+    return row in [f"lr_{tensors}" for tensors in TENSOR_CLASSES]
+
+
+COLUMNS = {name: expand(cells) for name, cells in read_table(TABLE).items()}
+for name, (start, cells) in VARIANTS.items():
+    if start not in COLUMNS:
+        sys.exit(f"parametrize.py: the column {name!r} must start from one of {', '.join(COLUMNS)}")
+    for row in expand(cells):
+        if not may_set(row):
+            sys.exit(f"parametrize.py: the column {name!r} sets {row!r}, which is no row")
+    COLUMNS[name] = {**COLUMNS[start], **expand(cells)}
+
+
+def value(cell, symbols):
+    """The number of a cell: value("0.05 · m_d^-1/2", {"m_d": 4}) is 0.025. Raises ValueError if
+    the cell cannot be read."""
     product = 1.0
     for factor in re.split("[·*]", cell.replace("?", "")):
-        base, _, power = factor.strip().partition("^")
+        symbol, sign, power = factor.strip().partition("^")
         try:
-            product *= (symbols[base] if base in symbols else float(Fraction(base))) ** float(Fraction(power or 1))
-        except (ValueError, ZeroDivisionError):
-            raise ValueError(f"cannot read {factor.strip()!r} in the cell {cell!r}: a factor is a number or one of "
-                             f"{', '.join(symbols)}, with or without a power such as ^-3/4") from None
+            number = symbols[symbol] if symbol in symbols else float(Fraction(symbol))
+            product *= number ** float(Fraction(power if sign else 1))
+        except (ValueError, ZeroDivisionError, OverflowError):
+            raise ValueError(f"cannot read {factor.strip()!r} in the cell {cell!r}: a factor is a "
+                             f"number or one of {', '.join(symbols)}, with or without a power "
+                             "such as ^-3/4") from None
     return product
 
 
-def parametrize(parametrization, width, depth, steps, base_width=BASE_WIDTH, base_depth=BASE_DEPTH,
-                base_steps=BASE_STEPS, batch_size=BASE_BATCH, base_batch_size=BASE_BATCH, alpha_init=ALPHA_INIT,
-                embedding_lr_mult=-1, hidden_lr_mult=1, unembedding_lr_mult=-1, rescalers_lr_mult=1):
+def parametrize(parametrization, *, width, depth, steps, batch_size,
+                base_width, base_depth, base_steps, base_batch_size,
+                alpha_init=0.05, constants=None, columns=COLUMNS):
     """
-    One column of the table for one model, as a pair:
-        initial:   {"alpha_init": …, "alpha_scale": …, …}, keywords of model.GPTConfig;
-        lr_scale:  {"embedding": …, "hidden": …, "unembedding": …, "rescalers": …}, what to multiply η by.
-    A *_lr_mult multiplies the rate of one tensor class; -1 stands for the table's row.
+    What one column of the table says of one model, as a pair:
+        initial:   {"alpha_A_init": …, "s_z_scale": …, …}, keywords of model.GPTConfig;
+        lr_scale:  {"embedding": …, "hidden": …, …}, what to multiply η by, for each tensor class.
+    constants: {tensor class: its …_lr_mult, the last factor of its rate}; 1 for a class left out.
     Raises ValueError for an unknown column or a size below 1.
     """
-    if (smallest := min(width, depth, steps, batch_size, base_width, base_depth, base_steps, base_batch_size)) < 1:
-        raise ValueError(f"width, depth, steps, batch_size and those of the base must be at least 1, not {smallest}")
-    if parametrization not in COLUMNS:
-        raise ValueError(f"there is no parametrization {parametrization!r}; the columns are {', '.join(COLUMNS)}")
-    symbols = {"m_w": width / base_width, "m_d": depth / base_depth, "m_t": steps / base_steps, "d": width,
-               "m_b": batch_size / base_batch_size, "c": base_width ** -0.5, "α₀": alpha_init}
-    numbers = {row: value(cell, **symbols) for row, cell in COLUMNS[parametrization].items()}
-    # by name: a class that is added anywhere in TENSOR_CLASSES has the table's constant, or 1
-    mults = dict(embedding=embedding_lr_mult, hidden=hidden_lr_mult, unembedding=unembedding_lr_mult,
-                 rescalers=rescalers_lr_mult)
+    if parametrization not in columns:
+        raise ValueError(f"there is no parametrization {parametrization!r}; "
+                         f"the columns are {', '.join(columns)}")
+    sizes = dict(width=width, depth=depth, steps=steps, batch_size=batch_size,
+                 base_width=base_width, base_depth=base_depth, base_steps=base_steps,
+                 base_batch_size=base_batch_size)
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, not {size}")
+
+    symbols = {
+        "m_w": width / base_width,
+        "m_d": depth / base_depth,
+        "m_t": steps / base_steps,
+        "m_b": batch_size / base_batch_size,
+        "d": width,
+        "c": base_width ** -0.5,
+        "α₀": alpha_init,
+    }
+    numbers = {row: value(cell, symbols) for row, cell in columns[parametrization].items()}
+
+    constants = constants or {}
     lr_scale = {}
-    for key in TENSOR_CLASSES:
-        if "lr_" + key in numbers:
-            mult = mults.get(key, -1)
-            if mult == -1:
-                mult = numbers.get(key + "_mult", 1)
-            lr_scale[key] = numbers["lr"] * numbers["lr_" + key] * mult
-    return {row: number for row, number in numbers.items() if row.endswith(("_init", "_scale", "_std"))}, lr_scale
+    for tensors in TENSOR_CLASSES:
+        rate = numbers.get(f"lr_{tensors}", 1.0)
+        lr_scale[tensors] = numbers["lr"] * rate * constants.get(tensors, 1.0)
+    initial = {row: number for row, number in numbers.items() if not row.startswith("lr")}
+    return initial, lr_scale
+
+
+def class_of(name):
+    """The tensor class of the parameter `name`. Raises ValueError if there is none, or two."""
+    classes = []
+    for tensors, names in TENSOR_CLASSES.items():
+        if set(names) & set(name.split(".")):
+            classes.append(tensors)
+    if len(classes) != 1:
+        found = " and ".join(classes) or "no tensor class"
+        raise ValueError(f"parameter {name} is in {found}; name it in one line of TENSOR_CLASSES, "
+                         "parametrize.py")
+    return classes[0]
 
 
 def param_groups(model, lr_scale):
     """
-    Adam's parameter groups, one a tensor class, each with its "lr_scale": set group["lr"] = group["lr_scale"] · η.
-    Raises ValueError if a parameter of the model belongs to no class or to more than one.
+    Adam's parameter groups, one for each tensor class, with its "name" and its "lr_scale".
+    Set group["lr"] = group["lr_scale"] · η. Raises ValueError as class_of does.
     """
-    groups = {tensors: dict(params=[], name=tensors, lr_scale=scale) for tensors, scale in lr_scale.items()}
+    groups = {}
     for name, parameter in model.named_parameters():
-        classes = [tensors for tensors, pattern in TENSOR_CLASSES.items() if re.fullmatch(pattern, name)]
-        if len(classes) != 1:
-            raise ValueError(f"parameter {name} is in {' and '.join(classes) or 'no tensor class'}; name it in one "
-                             "pattern of TENSOR_CLASSES in parametrize.py")
-        groups[classes[0]]["params"].append(parameter)
+        tensors = class_of(name)
+        scale = lr_scale[tensors]       # a fork may give each layer another: then it has its group
+        if (tensors, scale) not in groups:
+            groups[tensors, scale] = {"params": [], "name": tensors, "lr_scale": scale}
+        groups[tensors, scale]["params"].append(parameter)
     return list(groups.values())
 
 
+def print_table():
+    print(TABLE.strip("\n"))
+    print("\nMore columns")
+    for name, (start, cells) in VARIANTS.items():
+        changes = ", ".join(f"{row} {cell}" for row, cell in cells.items())
+        print(f"  {name} is {start}, but {changes}")
+    print(REASONS, end="")
+
+
+def print_numbers(sizes):
+    """Print what each column says of one model, without the constants. Raises ValueError as
+    parametrize does."""
+    initial = {}
+    lr_scale = {}
+    for name in COLUMNS:
+        initial[name], lr_scale[name] = parametrize(name, **sizes)
+    print(f"{'':>18}" + "".join(f"{name:>12}" for name in COLUMNS))
+    for part, prefix in ((lr_scale, "η × "), (initial, "")):
+        rows = dict.fromkeys(row for name in COLUMNS for row in part[name])
+        for row in rows:
+            cells = "".join(f"{part[name].get(row, 1):12.4g}" for name in COLUMNS)
+            print(f"{prefix + row:>18}{cells}")
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sys.stdout.reconfigure(errors="replace")            # a terminal may have no Greek letters
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # `| head` ends this quietly
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: sys.exit(f"parametrize.py: {message} (see --help)")
-    for key, default in dict(width=BASE_WIDTH, depth=BASE_DEPTH, steps=BASE_STEPS, batch_size=BASE_BATCH).items():
-        for option in (f"--{key}", f"--base_{key}"):
-            parser.add_argument(option, type=int, default=default, help=f"default {default}")
-    args = vars(parser.parse_args())
+    # the paper's base has 10 heads of 102 and 10 layers; its steps and batch are not given
+    defaults = {"width": 1024, "depth": 10, "steps": 10_000, "batch_size": 64}
+    for name, default in defaults.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
+        parser.add_argument(f"--base_{name}", type=int, default=default, help=f"default {default}")
+    sizes = vars(parser.parse_args())
     if len(sys.argv) == 1:
-        print(TABLE.strip("\n"), NOTES, PLAIN_TABLE, sep="\n", end="")
-        for name, (start, cells) in OWN.items():
-            print(f"\n{name}: {start}, but {', '.join(map(' '.join, cells.items()))}")
+        print_table()
         return
     try:
-        columns = {name: parametrize(name, **args) for name in COLUMNS}
+        print_numbers(sizes)
     except ValueError as error:
-        parser.error(error)
-    print(f"{'':>18}" + "".join(f"{name:>12}" for name in columns))
-    for part, prefix in ((1, "η × "), (0, "")):
-        for row in dict.fromkeys(row for column in columns.values() for row in column[part]):
-            cells = [f"{column[part][row]:.4g}" if row in column[part] else "-" for column in columns.values()]
-            print(f"{prefix + row:>18}" + "".join(f"{cell:>12}" for cell in cells))
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

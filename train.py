@@ -1,16 +1,36 @@
 """
-Train a normalized Transformer: one process, one node or several.
+Train a normalized Transformer: in one process, on one node or on several.
 
-    python train.py --width=256 --depth=4 --steps=400           one GPU, or the CPU
-    torchrun train.py --width=1024                              the same, started by torchrun
-    torchrun --nproc_per_node=8 train.py --width=2048           eight GPUs
-    python train.py --out_dir=out --resume                      continue a run that was stopped, with its options
-    python train.py --learning_rate=0.01,0.02 --seed=0,1 --results=tune.csv     four runs, compiled once: a row each
+    python train.py --base=results/laptop.json                a small model, the base: for a CPU
+    python train.py --base=results/laptop.json --width=384    eight times as wide, the same η
+    torchrun --nproc_per_node=8 train.py --width=2048         eight GPUs
+    python train.py --out_dir=out/first --resume              continue a run, with its options
+    python train.py --out_dir=out/first --sample_only         print text from it
 
-The block below is the configuration; each line is an option, --key=value. `python train.py --help` lists them.
+The fields of Config below are the options. This file reads from top to bottom: configuration, base,
+data, model and optimizer, schedule, evaluation, files of a run, the run itself, command line.
 """
-import argparse, csv, ctypes, fcntl, inspect, math, os, re, shutil, signal, sys, sysconfig, time
-from dataclasses import asdict, dataclass, field, fields
+import argparse
+import csv
+import ctypes
+import fcntl
+import functools
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import threading
+import time
+from contextlib import suppress
+from dataclasses import asdict
+from dataclasses import dataclass
+from dataclasses import field
+from dataclasses import fields
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -20,442 +40,1056 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
-from model import GPT, GPTConfig, PlainGPT
-from parametrize import ALPHA_INIT, BASE_BATCH, BASE_DEPTH, BASE_STEPS, BASE_WIDTH, param_groups, parametrize
-from prepare_data import batch_starts, get_tokenizer, prepare_stdlib, read_folder, validation_starts
-from prepare_data import sync, write_aside, write_json
+from model import GPT
+from model import GPTConfig
+from parametrize import COLUMNS
+from parametrize import TENSOR_CLASSES
+from parametrize import param_groups
+from parametrize import parametrize
+from prepare_data import fingerprint
+from prepare_data import get_tokenizer
+from prepare_data import prepare_stdlib
+from prepare_data import read_folder
+from prepare_data import sync
+from prepare_data import write_aside
+from prepare_data import write_json
 
-def free(default):
-    """A field of Config that leaves the mathematics alone: it may change on resume, and does not make another run."""
-    return field(default=default, metadata=dict(free=True))
+# ------------------------------------------------------------------------------------------------
+# Configuration
+
+
+def option(default, help):
+    return field(default=default, metadata={"help": help})
+
 
 @dataclass
 class Config:
     # model
-    width: int = BASE_WIDTH             # d_model, a multiple of head_dim
-    depth: int = BASE_DEPTH             # number of blocks
-    head_dim: int = 64                  # size of an attention head; η does not carry over to another head_dim
-    seq_len: int = 1024                 # tokens a sequence
-    vocab_size: int = 0                 # at least the data's vocabulary, rounded up to a multiple of 64
-    # parametrization: how η changes with the model. One base in every command, for tuning and for training.
-    parametrization: str = "nugpt"      # a column of the table in parametrize.py
-    base_width: int = BASE_WIDTH        # the width, depth, … at which the table's multipliers are all 1
-    base_depth: int = BASE_DEPTH        # (see base_width)
-    base_steps: int = BASE_STEPS        # (see base_width)
-    base_batch_size: int = BASE_BATCH   # (see base_width); columns with m_b use it, as nugpt_batch
-    alpha_init: float = ALPHA_INIT      # α₀: where the eigen learning rates start at the base
-    embedding_lr_mult: float = -1.0     # multiplies the embedding's learning rate; -1: the table's embedding_mult
-    hidden_lr_mult: float = 1.0         # multiplies the learning rate of the blocks' matrices
-    unembedding_lr_mult: float = -1.0   # multiplies the unembedding's learning rate; -1: the table's unembedding_mult
-    rescalers_lr_mult: float = 1.0      # multiplies the learning rate of the rescalers
-    freeze_alpha: bool = False          # an ablation: the eigen learning rates α stay where they start
-    # optimization: Adam; a normalized Transformer needs no warm-up, weight decay or gradient clipping
-    learning_rate: float = 0.0028       # η, the peak at the base (results/default_lr.csv); with commas: a run each
-    steps: int = BASE_STEPS             # optimizer steps
-    batch_size: int = BASE_BATCH        # sequences a step, over all ranks and micro-batches
-    micro_batch_size: int = free(16)    # sequences a forward on one rank, at most; 0: the rank's whole share at once
-    schedule: str = "cosine"            # of the learning rate: cosine, linear, or wsd: constant, then linear
-    decay_fraction: float = 0.2         # the part of the steps in which wsd decays
-    min_lr_ratio: float = 0.1           # where the schedule ends, as a fraction of the peak
-    warmup_steps: int = 0               # steps of linear warm-up; the plain GPT needs some
-    weight_decay: float = 0.0           # of the matrices; the plain GPT needs some
-    beta1: float = 0.9                  # Adam's decay of the first moment
-    beta2: float = 0.95                 # Adam's decay of the second moment
-    eps: float = 1e-16                  # Adam's ε; 1e-8 is not small beside the gradients of wide unit-norm models
-    seed: int = 0                       # of initial weights, data order and sample; several with commas: a run each
-    # data and output
-    data: str = "data/stdlib"           # folder made by prepare_data.py; this one is made when it is missing
-    out_dir: str = free("out")          # where config.json, log.csv and ckpt.pt go; --out_dir= writes none
-    results: str = free("")             # a .csv file that gets one row for each run; a run that has its row is skipped
-    resume: bool = free(False)          # continue from out_dir/ckpt.pt, if there is one
-    sample_only: bool = free(False)     # with --resume: print a sample and stop
-    prompt: str = free("")              # what the sample begins with
-    sample_tokens: int = free(256)      # length of the sample; 0: none
-    # reports
-    log_every: int = free(10)           # steps between rows of log.csv
-    eval_every: int = free(500)         # steps between evaluations; there is one after the last step, too
-    eval_tokens: int = 2 ** 20          # evaluate on about this many tokens, always the same, spread over val.bin
-    checkpoint_every: int = free(1000)  # steps between checkpoints; there is one after the last step, too
-    snapshot_every: int = free(0)       # steps between snapshots of the weights, before that at 0, 1, 2, 4, …; 0: none
-    device: str = free("auto")          # cuda, cpu, or auto: cuda where there is one
-    dtype: str = "auto"                 # of matrix products: float32, bfloat16, or auto: bfloat16 if the device has it
-    compile: bool = free(True)          # use torch.compile
+    width: int = option(1024, "d_model, a multiple of head_dim")
+    depth: int = option(10, "number of blocks")
+    head_dim: int = option(64, "size of an attention head; η does not carry over to another")
+    seq_len: int = option(1024, "tokens a sequence")
+    vocab_size: int = option(0, "0: the data's vocabulary, rounded up to a multiple of 64; or a "
+                                "larger one")
 
-MATHEMATICS = [f.name for f in fields(Config) if not f.metadata.get("free")]     # these make a run
-RESCALERS = ["attn_alpha", "mlp_alpha", "s_z"]      # their means at an evaluation
-LOG = "step tokens learning_rate train_loss val_loss seconds tokens_per_second".split() + RESCALERS + ["status"]
-END = "step val_loss bits_per_byte train_loss tokens parameters status seconds".split() + RESCALERS
-RESULTS = [*vars(Config()), *END]
-EXIT_CODES = dict(finished=0, diverged=3, stopped=4)        # 1: bad input, see fail
-rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
-world_size = int(os.environ.get("WORLD_SIZE", 1))
-patient = None      # the group in which ranks wait while the first one writes to a slow disk
-signals = []        # SIGTERM and Ctrl-C that came
+    # how η changes with the model: see parametrize.py
+    base: str = option("", "a base file, a run's folder or its config.json: the small model on "
+                           "which η was tuned. It gives what the command leaves out")
+    parametrization: str = option("nugpt", "a column of the table in parametrize.py")
+    base_width: int = option(1024, "the width, depth, … at which the table's multipliers are 1")
+    base_depth: int = option(10, "see base_width")
+    base_steps: int = option(10_000, "see base_width")
+    base_batch_size: int = option(64, "see base_width; only columns with m_b use it")
+    alpha_init: float = option(0.05, "α₀: where the eigen learning rates start at the base")
+    embedding_lr_mult: float = option(1.0, "multiplies the embedding's rate; tuned at the base")
+    hidden_lr_mult: float = option(1.0, "multiplies the rate of the blocks' matrices")
+    unembedding_lr_mult: float = option(0.5, "multiplies the unembedding's rate; tuned at the base")
+    rescalers_lr_mult: float = option(1.0, "multiplies the rate of the rescalers")
+
+    # optimization: Adam. A normalized Transformer needs no warm-up and no weight decay
+    learning_rate: float = option(0.0028, "η, the peak learning rate at the base (default_lr.csv)")
+    steps: int = option(10_000, "optimizer steps")
+    batch_size: int = option(64, "sequences a step, over all processes and micro-batches")
+    micro_batch_size: int = option(16, "sequences a forward pass, at most; 0: all at once")
+    schedule: str = option("cosine", "cosine, linear, or wsd: constant, then linear")
+    decay_fraction: float = option(0.2, "the part of the steps in which wsd decays")
+    min_lr_ratio: float = option(0.1, "where the schedule ends, as a fraction of the peak")
+    warmup_steps: int = option(0, "steps of linear warm-up")
+    weight_decay: float = option(0.0, "of the matrices, as AdamW has it")
+    beta1: float = option(0.9, "Adam's decay of the first moment")
+    beta2: float = option(0.95, "Adam's decay of the second moment")
+    # 1e-8, the usual ε, is not small beside the gradients of wide unit-norm models
+    eps: float = option(1e-16, "Adam's ε")
+    seed: int = option(0, "of initial weights, order of the data, and sample")
+    init_from: str = option("", "a run's folder, whose weights are the initial ones")
+
+    # data and output
+    data: str = option("data/stdlib", "folder made by prepare_data.py; data/stdlib is made if it "
+                                      "is missing")
+    out_dir: str = option("out", "folder for config.json, log.csv and ckpt.pt; empty: none")
+    resume: bool = option(False, "continue from out_dir/ckpt.pt, if there is one")
+    sample_only: bool = option(False, "print a sample of the model in out_dir, and stop")
+    prompt: str = option("", "what the sample begins with")
+    sample_tokens: int = option(256, "length of the sample in tokens; 0: none")
+    temperature: float = option(1.0, "of the sample; 0: always the likeliest token")
+    top_k: int = option(50, "the sample's tokens come from the k likeliest; 0: from all")
+
+    # reports
+    log_every: int = option(10, "steps between rows of log.csv")
+    eval_every: int = option(500, "steps between evaluations; the last step has one, too")
+    eval_tokens: int = option(2 ** 18, "evaluate on about this many tokens, always the same, "
+                                       "spread over the validation text")
+    checkpoint_every: int = option(1000, "steps between checkpoints; the last step has one, too")
+
+    # machine
+    device: str = option("auto", "cuda, cpu, or auto: cuda where there is one")
+    dtype: str = option("auto", "of matrix products: float32, bfloat16, or auto: bfloat16 where "
+                                "the device has it")
+    compile: bool = option(True, "use torch.compile")
+
+
+# These leave the mathematics of a run alone; all other fields make it another run. The folder of
+# the data may move, but a run goes on with the same tokens only: see restore.
+MAY_CHANGE_ON_RESUME = {
+    "base", "micro_batch_size", "data", "out_dir", "resume", "sample_only", "prompt",
+    "sample_tokens", "temperature", "top_k", "log_every", "eval_every", "checkpoint_every",
+    "device", "compile",
+}
+# These, too, belong to one run: a base does not hand them on.
+NOT_FROM_A_BASE = MAY_CHANGE_ON_RESUME | {"seed", "vocab_size", "dtype", "init_from"}
+
+LOGGED_RESCALERS = ["alpha_A", "alpha_M", "s_z"]        # means of |α_A|, |α_M| and |s_z|
+LOG = ["step", "tokens", "learning_rate", "train_loss", "val_loss", "seconds", "tokens_per_second",
+       *LOGGED_RESCALERS, "status"]     # seconds: of training, without evaluations
+OUTCOME = ["step", "val_loss", "bits_per_byte", "train_loss", "tokens", "parameters", "status",
+           "seconds", *LOGGED_RESCALERS]        # seconds: of the whole process
+EXIT_CODES = {"finished": 0, "diverged": 3, "stopped": 4}       # 1: bad input
+
+rank = int(os.environ.get("RANK") or 0)             # torchrun sets these
+local_rank = int(os.environ.get("LOCAL_RANK") or 0)
+world_size = int(os.environ.get("WORLD_SIZE") or 1)
+patient_group = None    # of processes that wait, with a long time-out, for one to write a file
+signals = []            # SIGTERM and Ctrl-C that came
+quiet = False           # results/sweep.py sets it: no lines, no progress bar
+
+
+def mathematics(config_class):
+    """The options that make a run: another value of one is another run."""
+    return [f.name for f in fields(config_class) if f.name not in MAY_CHANGE_ON_RESUME]
+
+
+MATHEMATICS = mathematics(Config)
+
 
 def say(text):
-    if rank == 0:
+    """Print a line above the progress bar. Only the first rank speaks."""
+    if rank > 0 or quiet:
+        return
+    try:
         tqdm.write(text)
+    except BrokenPipeError:         # nobody reads any more, as after `| head`: train on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
-def fail(sentence):
-    """Bad input ends here: one sentence a node, since one node may miss a file; exit code 1."""
-    if dist.is_initialized():
-        dist.destroy_process_group()        # or its threads may abort the exit
-    sys.exit(f"train.py: {sentence}" if local_rank == 0 else 1)
 
-def parse_args(argv):
-    """The options given in argv, a {key: value} for each run. Leaves with one sentence for an impossible option."""
-    block = re.sub(r"free\((.*?)\)", r"\1      ", inspect.getsource(Config).split("class Config:")[1])
-    parser = argparse.ArgumentParser(usage=(__doc__ + block).replace("%", "%%"), allow_abbrev=False)
-    parser.error = lambda message: fail(f"{message}; `python train.py --help` lists all options")
-    for option in fields(Config):
-        parser.add_argument(f"--{option.name}", default=argparse.SUPPRESS, help=argparse.SUPPRESS,
-                            **(dict(nargs="?", const="True") if option.type is bool else {}))
-    runs, booleans = [{}], {"true": True, "1": True, "false": False, "0": False}
-    for name, text in sorted(vars(parser.parse_args(argv)).items()):    # "seed" sorts last: whole seeds first
-        kind = Config.__annotations__[name]
-        try:
-            values = [booleans[part.lower()] if kind is bool else kind(part)
-                      for part in (text.split(",") if name in ("learning_rate", "seed") else [text])]
-        except (ValueError, KeyError):
-            parser.error(f"--{name} must be of type {kind.__name__}, not {text!r}")
-        runs = [{**run, name: value} for value in values for run in runs]
-    return runs if len(runs) == 1 else [{"out_dir": "", **run} for run in runs]     # a list of runs keeps no folder
+def require(condition, sentence):
+    if not condition:
+        raise ValueError(sentence)
+
 
 def check(config):
-    """Leave with one sentence if a value is impossible; parametrize, GPTConfig and AdamW check the others."""
+    """Raises ValueError with one sentence if a value of config is impossible. Sizes of the model
+    are checked by GPTConfig and parametrize, Adam's numbers by AdamW."""
+    for name in ("learning_rate", "alpha_init", "seq_len", "steps", "batch_size", "log_every",
+                 "eval_every", "eval_tokens", "checkpoint_every"):
+        value = getattr(config, name)
+        require(0 < value < math.inf, f"{name} must be more than 0, not {value}")
+    for name in ("embedding_lr_mult", "hidden_lr_mult", "unembedding_lr_mult", "rescalers_lr_mult",
+                 "micro_batch_size", "warmup_steps", "weight_decay", "min_lr_ratio", "seed",
+                 "sample_tokens", "temperature", "top_k", "vocab_size"):
+        value = getattr(config, name)
+        require(0 <= value < math.inf, f"{name} must be at least 0, not {value}")
+    require(0 < config.decay_fraction <= 1,
+            f"decay_fraction must be more than 0 and at most 1, not {config.decay_fraction}")
+    require(config.schedule in ("cosine", "linear", "wsd"),
+            f"schedule must be cosine, linear or wsd, not {config.schedule!r}")
+    require(config.dtype in ("auto", "float32", "bfloat16"),
+            f"dtype must be auto, float32 or bfloat16, not {config.dtype!r}")
+    require(config.device in ("auto", "cuda", "cpu"),
+            f"device must be auto, cuda or cpu, not {config.device!r}")
+    require(config.out_dir or not config.resume, "resume needs an out_dir")
+    require(config.batch_size % world_size == 0,
+            f"batch_size must be a multiple of the number of processes, {world_size}, "
+            f"not {config.batch_size}")
     gpus = torch.cuda.device_count()
-    for keys, words, allowed in (
-            ("learning_rate alpha_init seq_len steps batch_size log_every eval_every eval_tokens checkpoint_every",
-             "more than 0", lambda v: v > 0),
-            ("micro_batch_size snapshot_every warmup_steps weight_decay seed min_lr_ratio sample_tokens",
-             "at least 0", lambda v: v >= 0),
-            ("embedding_lr_mult hidden_lr_mult unembedding_lr_mult rescalers_lr_mult",
-             "at least 0, or -1 for the table's", lambda v: v >= 0 or v == -1),
-            ("batch_size", f"a multiple of the number of processes, {world_size}", lambda v: v % world_size == 0),
-            ("out_dir", "a folder for resume and snapshot_every",
-             lambda v: v or not (config.resume or config.snapshot_every)),
-            ("decay_fraction", "more than 0 and at most 1", lambda v: 0 < v <= 1),
-            ("schedule", "cosine, linear or wsd", lambda v: v in ("cosine", "linear", "wsd")),
-            ("dtype", "auto, float32 or bfloat16", lambda v: v in ("auto", "float32", "bfloat16")),
-            ("device", f"auto, cuda or cpu (cuda: a GPU for each process, and PyTorch sees {gpus})",
-             lambda v: v == "cpu" or v == "auto" and not gpus or v in ("auto", "cuda") and local_rank < gpus)):
-        for key in keys.split():
-            if not allowed(getattr(config, key)):
-                fail(f"{key} must be {words}, not {getattr(config, key)!r}")
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE") or local_rank + 1)      # of this node
+    wants_gpu = config.device == "cuda" or config.device == "auto" and gpus > 0
+    require(not wants_gpu or processes <= gpus,
+            f"{processes} processes need as many GPUs: PyTorch sees {gpus}; device may be cpu")
+    require(rank < world_size, f"RANK is {rank}, but there are {world_size} processes: start "
+                               "several by torchrun, or unset RANK")
+    if world_size > 1:
+        for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+            require(name in os.environ, f"WORLD_SIZE is {world_size}, but {name} is not set: start "
+                                        "several processes by torchrun, or unset WORLD_SIZE")
 
-def load_run(given):
-    """(Config, checkpoint or None) of the run that the options given begin or, with resume, continue."""
-    config = Config(**given)
-    path = Path(config.out_dir, "ckpt.pt")
-    if not (config.out_dir and path.exists()):
-        return config, None
-    if not config.resume:
-        fail(f"{config.out_dir} already holds a run; continue it with --resume, or choose another --out_dir")
-    try:        # mapped to memory for a GPU, which copies it; on the CPU the file would stay open
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=torch.cuda.is_available())
-        saved = vars(Config(**checkpoint["config"]))
-    except Exception as error:      # unpickling what is no checkpoint can raise anything
-        fail(f"{path} is damaged, or of another version ({type(error).__name__})")
-    automatic = dict(dtype="auto", vocab_size=0)        # saved as what they had come to stand for
-    given = {key: value for key, value in given.items() if automatic.get(key) != value}
-    before, now, done = Config(**saved), Config(**{**saved, **given}), checkpoint["progress"]["step"]
-    changed = [key for key in given if key in MATHEMATICS and key != "data" and given[key] != saved[key]]
-    # wsd may go on to another horizon before its decay: that run would have had the same learning rates so far
-    if changed and not ({*changed} <= {"steps", "base_steps"} and
-                        done < now.steps and now.steps * before.base_steps == before.steps * now.base_steps and
-                        all(schedule(step, now) == schedule(step, before) for step in range(done))):
-        had = ", ".join(f"{key}={saved[key]}" for key in changed)
-        fail(f"{config.out_dir} has {had}, which a resumed run cannot change")
-    return now, checkpoint      # its data may have moved: see run
+
+# ------------------------------------------------------------------------------------------------
+# The base
+
+
+def read_base_file(path):
+    """The content of a base file, {"config": {option: value}, …}. path: the file, or the folder of
+    a run, whose config.json is such a file. Raises ValueError if it is damaged."""
+    path = Path(path)
+    if path.is_dir():
+        path = path / "config.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content["config"], dict):
+            raise TypeError
+        return content
+    except OSError as error:
+        raise ValueError(f"the base {path} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f'the base {path} is damaged: it must be JSON, {{"config": {{"width": …, '
+                         '"depth": …, …}}, as results/laptop.json is') from None
+
+
+def read_base(path, config_class=Config):
+    """{option: value} that a base hands on. path: as in read_base_file. Raises ValueError for a
+    damaged file, an unknown option or an impossible value."""
+    numbers = read_base_file(path)["config"]
+    types = {f.name: f.type for f in fields(config_class)}
+    for name, value in numbers.items():
+        require(name in types, f"the base {path} has an unknown option, {name}")
+        if types[name] is float and type(value) is int:
+            numbers[name] = float(value)
+        require(type(numbers[name]) is types[name], f"the base {path} has {name}={value!r}, which "
+                                                    f"must be of type {types[name].__name__}")
+    for name in ("width", "depth", "steps", "batch_size", "learning_rate"):
+        require(name in numbers, f"the base {path} has no {name}")
+    base = {name: value for name, value in numbers.items() if name not in NOT_FROM_A_BASE}
+
+    # A hand-written file is itself the base. A run's config.json names the base_width, … at which
+    # the run's own η was stated: those stay.
+    for size in ("width", "depth", "steps", "batch_size"):
+        base.setdefault(f"base_{size}", base[size])
+    try:
+        trial = config_class(**base)
+        # whether this machine can train it as it stands is checked later
+        check(replace(trial, batch_size=world_size, device="cpu"))
+        GPTConfig(trial.width, trial.depth, trial.head_dim)
+    except ValueError as error:
+        raise ValueError(f"the base {path} is impossible: {error}") from None
+    return base
+
+
+def not_carried(config, meta):
+    """A sentence on what differs from the base though the rule does not carry η over it; or ""."""
+    base = type(config)(**read_base(config.base, type(config)))
+    tokenizer = read_base_file(config.base).get("data", {}).get("tokenizer")
+    names = ["head_dim", "seq_len", "schedule"]
+    cells = COLUMNS.get(config.parametrization, {}).values()
+    if not any("m_b" in cell for cell in cells):
+        names.append("batch_size")
+    changed = []
+    for name in names:
+        if getattr(config, name) != getattr(base, name):
+            changed.append(f"{name} ({getattr(base, name)} → {getattr(config, name)})")
+    if tokenizer and tokenizer != meta["tokenizer"]:
+        changed.append(f"tokenizer ({tokenizer} → {meta['tokenizer']})")
+    if not changed:
+        return ""
+    return (f"note: the rule does not carry η over {', '.join(changed)}: the best η may be another "
+            "than the base's")
+
+
+# ------------------------------------------------------------------------------------------------
+# Data: where sequences begin is a pure function of (seed, step)
+
+
+def open_data(config):
+    """(training tokens, validation tokens, meta.json's content) of config's data folder. The
+    default one is made if it is missing. Raises ValueError as read_folder does."""
+    if config.data == Config.data and local_rank == 0:
+        if not Path(config.data, "meta.json").exists():
+            prepare_stdlib(config.data)
+    if world_size > 1:
+        dist.barrier()
+    train_tokens, val_tokens, meta = read_folder(config.data)
+    fewest = min(len(train_tokens), len(val_tokens))
+    require(fewest > config.seq_len, f"{config.data} has only {fewest:,} tokens in a split; both "
+                                     f"need more than seq_len={config.seq_len}")
+    return train_tokens, val_tokens, meta
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_starts(seed, epoch, seq_len, num_tokens):
+    """Where the windows of an epoch begin. Each epoch has another order, and cuts the tokens at
+    another offset as long as there are spare tokens for that."""
+    windows = (num_tokens - 1) // seq_len
+    spare = (num_tokens - 1) % seq_len
+    offset = epoch % (spare + 1)
+    order = np.random.default_rng((seed, epoch)).permutation(windows)
+    return offset + seq_len * order
+
+
+def batch_starts(seed, step, batch_size, seq_len, num_tokens):
+    """Where the sequences of batch `step` begin. Each epoch has every window once."""
+    windows = (num_tokens - 1) // seq_len
+    starts = []
+    for i in range(step * batch_size, (step + 1) * batch_size):
+        epoch, window = divmod(i, windows)
+        starts.append(int(epoch_starts(seed, epoch, seq_len, num_tokens)[window]))
+    return starts
+
+
+def validation_starts(num_tokens, seq_len, eval_tokens):
+    """Where the sequences of an evaluation begin: about eval_tokens tokens, evenly spread."""
+    windows = (num_tokens - 1) // seq_len
+    count = min(windows, max(1, eval_tokens // seq_len))
+    return [(i * windows // count) * seq_len for i in range(count)]
+
 
 def sequences(tokens, starts, seq_len, device):
     """Inputs and targets, both (B, T) int64, of the sequences that begin at starts."""
-    rows = torch.from_numpy(np.stack([tokens[s:s + seq_len + 1] for s in starts]).astype(np.int64))
+    rows = np.stack([tokens[start:start + seq_len + 1] for start in starts])
+    rows = torch.from_numpy(rows.astype(np.int64))
     if device.type == "cuda":
         rows = rows.pin_memory().to(device, non_blocking=True)
     return rows[:, :-1], rows[:, 1:]
 
-def append_row(path, columns, row):
-    """The size of a .csv file after a row was added under a lock. An empty file gets the columns first."""
-    with open(path, "a", newline="") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        if file.seek(0, os.SEEK_END) == 0:
+
+def split_batch(config):
+    """(sequences of one process a step, sequences of its micro-batches). Micro-batches have equal
+    sizes: the largest that divides the process's share and is allowed."""
+    share = config.batch_size // world_size
+    micro = min(share, config.micro_batch_size or share)
+    while share % micro:
+        micro -= 1
+    return share, micro
+
+
+def say_if_micro_batches_are_tiny(config):
+    """Say which batches nearby split better, if the batch has no divisor near micro_batch_size."""
+    share, micro = split_batch(config)
+    allowed = min(share, config.micro_batch_size or share)
+    if 2 * micro <= allowed:
+        below = world_size * (share - share % allowed)
+        above = below + world_size * allowed
+        say(f"note: {share} sequences a process split only into micro-batches of {micro}, which is "
+            f"slow: batch_size {below} or {above} splits into {allowed}")
+
+
+# ------------------------------------------------------------------------------------------------
+# Device, model and optimizer
+
+
+def open_device(config):
+    """(device of this process, autocast context). Starts the process group, and replaces
+    dtype="auto" in config."""
+    global patient_group
+    device = pick_device(config)
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(device)
+        # this is a study of learning rates: partial sums stay fp32
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    elif config.device == "auto" and shutil.which("nvidia-smi"):
+        say("nvidia-smi is here, but PyTorch sees no GPU: going on with the CPU")
+
+    if world_size > 1 and not dist.is_initialized():
+        # a node that is gone is missed after 10 minutes; a checkpoint may take longer
+        patience = timedelta(minutes=10)
+        if on_gpu:
+            dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, timeout=patience)
+        else:
+            dist.init_process_group("gloo", timeout=patience)
+        patient_group = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
+
+    config.dtype = pick_dtype(config, device)
+    if not on_gpu:
+        tune_cpu(config)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
+    return device, autocast
+
+
+def pick_device(config):
+    """The device of this process."""
+    if config.device == "cuda" or config.device == "auto" and torch.cuda.is_available():
+        return torch.device("cuda", local_rank)
+    return torch.device("cpu")
+
+
+def pick_dtype(config, device):
+    """config.dtype, where "auto" stands for bfloat16 if the device multiplies it in hardware."""
+    if config.dtype != "auto":
+        return config.dtype
+    if device.type == "cuda":
+        has_bfloat16 = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        cpuinfo = Path("/proc/cpuinfo")
+        has_bfloat16 = cpuinfo.exists() and "bf16" in cpuinfo.read_text(errors="replace")
+    return "bfloat16" if has_bfloat16 else "float32"
+
+
+def pick_vocab_size(config, meta):
+    """The data's vocabulary at least, up to a multiple of 64, which GPUs multiply faster."""
+    return max(config.vocab_size, 64 * math.ceil(meta["vocab_size"] / 64))
+
+
+def tune_cpu(config):
+    """Set what makes training on a CPU faster."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        # glibc shall keep freed memory: giving it away and getting it back is slow
+        libc.mallopt(-1, 2 ** 31 - 1)       # M_TRIM_THRESHOLD
+        libc.mallopt(-4, 0)                 # M_MMAP_MAX
+    # PyTorch's plain attention is 3 times as fast on short bf16 sequences as its fused one. Despite
+    # their names these switches count on the CPU. torch.compile's cache on the disk does not see
+    # them: empty it after an edit here.
+    plain_attention = config.dtype == "bfloat16" and config.seq_len <= 256
+    torch.backends.cuda.enable_flash_sdp(not plain_attention)
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(plain_attention)
+
+
+def apply_table(config, columns=COLUMNS):
+    """(initial values, multipliers of η) for config's model: what parametrize returns. This is the
+    method. Raises ValueError as parametrize does."""
+    # 1 for a class of a fork that has no option …_lr_mult
+    constants = {tensors: getattr(config, f"{tensors}_lr_mult", 1.0) for tensors in TENSOR_CLASSES}
+    return parametrize(
+        config.parametrization,
+        width=config.width, base_width=config.base_width,
+        depth=config.depth, base_depth=config.base_depth,
+        steps=config.steps, base_steps=config.base_steps,
+        batch_size=config.batch_size, base_batch_size=config.base_batch_size,
+        alpha_init=config.alpha_init, constants=constants, columns=columns)
+
+
+def build(config, device):
+    """(model, optimizer) in config's parametrization. Raises ValueError for impossible sizes."""
+    initial, lr_scale = apply_table(config)
+    model_config = GPTConfig(config.width, config.depth, config.head_dim, config.vocab_size,
+                             config.seq_len, **initial)
+    torch.manual_seed(config.seed)
+    with device:
+        model = GPT(model_config)
+    return model, make_optimizer(model, lr_scale, config)
+
+
+def make_optimizer(model, lr_scale, config):
+    """AdamW with a group for each tensor class. Only matrices decay, if any."""
+    groups = param_groups(model, lr_scale)
+    for group in groups:
+        group["weight_decay"] = 0.0 if group["name"] == "rescalers" else config.weight_decay
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2),
+                             eps=config.eps, fused=True)
+
+
+def maybe_compile(model, config):
+    """(forward, normalize_weights) of the model, compiled if config says so and a compiler is
+    there. The model keeps its parameters' names."""
+    compiler = os.environ.get("CXX", "g++")
+    header = Path(sysconfig.get_paths()["include"], "Python.h")
+    possible = header.exists() and shutil.which(compiler) is not None
+    if config.compile and not possible:
+        say(f"torch.compile needs {compiler}, or another as CXX, and {header} (python3-dev): "
+            "going on uncompiled")
+    if not (config.compile and possible):
+        return model, model.normalize_weights
+    return torch.compile(model), torch.compile(model.normalize_weights)
+
+
+@functools.lru_cache
+def matrix_rate(device, dtype):
+    """FLOP/s of a large matrix product on the device, measured."""
+    n = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(n, n, device=device, dtype=getattr(torch, dtype))
+    fastest = math.inf
+    for _ in range(4):
+        start = time.perf_counter()
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        fastest = min(fastest, time.perf_counter() - start)
+    return 2 * n ** 3 / fastest
+
+
+# ------------------------------------------------------------------------------------------------
+# Schedule
+
+
+def schedule(step, config):
+    """What multiplies the learning rate in a step. The schedule falls from 1 at step 0 to
+    min_lr_ratio, which it would reach after the last step. Linear warm-up takes the place of its
+    first steps, and leaves the others as they are."""
+    if step < config.warmup_steps:
+        return (step + 1) / (config.warmup_steps + 1)
+    done = step / config.steps
+    if config.schedule == "cosine":
+        height = 0.5 * (1 + math.cos(math.pi * done))
+    elif config.schedule == "linear":
+        height = 1 - done
+    else:       # wsd
+        height = min(1, (1 - done) / config.decay_fraction)
+    return config.min_lr_ratio + (1 - config.min_lr_ratio) * height
+
+
+# ------------------------------------------------------------------------------------------------
+# Evaluation and sample
+
+
+def evaluate(model, forward, tokens, micro, config, autocast):
+    """{"val_loss": nats a token, and the means of |α_A|, |α_M| and |s_z|}. Ranks share the work."""
+    device = model.embedding.device
+    starts = validation_starts(len(tokens), config.seq_len, config.eval_tokens)
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for first in range(rank * micro, len(starts), world_size * micro):
+        some = starts[first:first + micro]
+        x, y = sequences(tokens, some, config.seq_len, device)
+        with autocast:
+            if len(some) == micro:
+                # not under no_grad, for which torch.compile would compile a second graph
+                _, loss = forward(x, y)
+            else:       # a last, smaller batch is not worth compiling
+                with torch.no_grad():
+                    _, loss = model(x, y)
+        total += loss.detach() * len(some)
+        del loss        # and with it what was kept for a backward pass, before the next forward
+    if world_size > 1:
+        dist.all_reduce(total)
+
+    metrics = {"val_loss": round(total.item() / len(starts), 6)}
+    for name in LOGGED_RESCALERS:
+        values = [module().detach().abs().flatten() for path, module in model.named_modules()
+                  if path.split(".")[-1] == name]
+        if values:      # a fork may have none
+            metrics[name] = float(f"{torch.cat(values).mean().item():.6g}")
+    return metrics
+
+
+def draw_sample(model, tokenizer, config, autocast):
+    """Text of config.sample_tokens tokens that the model continues the prompt with."""
+    text = config.prompt
+    if not text and config.data == Config.data:
+        text = "def "       # that data is Python source
+    prompt = tokenizer.encode([text])[0]
+    if len(prompt) == 0:
+        prompt = [tokenizer.end_of_text or ord("\n")]
+    torch.manual_seed(config.seed)
+    tokens = torch.tensor([list(prompt)], dtype=torch.int64, device=model.embedding.device)
+    top_k = config.top_k or None
+    with autocast:
+        tokens = model.generate(tokens, config.sample_tokens, config.temperature, top_k)
+    # the model's vocabulary may be rounded up beyond the tokenizer's
+    return tokenizer.decode([token for token in tokens[0].tolist() if token < tokenizer.vocab_size])
+
+
+def print_sample(model, tokenizer_name, config, autocast):
+    """Print a sample. Raises ValueError if the tokenizer cannot be had."""
+    require(tokenizer_name, "no sample: the data has no tokenizer")
+    try:
+        text = draw_sample(model, get_tokenizer(tokenizer_name), config, autocast)
+    except (ValueError, KeyError) as error:     # no network for its vocabulary; an unknown token
+        raise ValueError(f"no sample: {error}") from None
+    say(f"{'-' * 30} sample {'-' * 30}\n{text}\n{'-' * 68}")
+
+
+# ------------------------------------------------------------------------------------------------
+# Files of a run
+
+
+def lock(folder):
+    """log.csv of the folder, open and locked, so that no second process writes there while this one
+    lives. Raises ValueError if another has it, or if log.csv or config.json is not of a run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "config.json").exists():
+        try:
+            read_base_file(folder)
+        except ValueError:
+            raise ValueError(f"{folder}/config.json was not written by train.py; choose another "
+                             "out_dir") from None
+    file = open(folder / "log.csv", "a+", newline="", encoding="utf-8", errors="replace")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ValueError(f"another process is training in {folder}; wait for it, or choose another "
+                         "out_dir") from None
+    file.seek(0)
+    head = file.readline().strip()
+    require(head in ("", ",".join(LOG)), f"{folder}/log.csv was not written by this version of "
+                                         "train.py; choose another out_dir")
+    file.seek(0, os.SEEK_END)
+    return file
+
+
+def append_log(path, row):
+    """The size of log.csv after a row was added. An empty file gets the columns first."""
+    with open(path, "a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, LOG, lineterminator="\n")
+        if file.tell() == 0:
             writer.writeheader()
         writer.writerow(row)
         return file.tell()
 
-def find_result(config):
-    """The last row, {column: text}, of this run in config.results, or None. Raises ValueError for other columns."""
-    Path(config.results).parent.mkdir(parents=True, exist_ok=True)
-    with open(config.results, "a+", newline="", errors="replace") as file:
-        file.seek(0)
-        rows = csv.DictReader(file)
-        if differ := set(rows.fieldnames or RESULTS) ^ set(RESULTS):
-            raise ValueError(f"{config.results} has other columns ({', '.join(differ)}); give another --results")
-        run = {key: str(getattr(config, key)) for key in MATHEMATICS}
-        return next((row for row in reversed(list(rows)) if run.items() <= row.items()), None)
 
 def save(path, **content):
-    """Rank 0 writes content to path, whole or not at all; the others wait for that. All raise OSError if it fails."""
-    trouble = [None]
-    try:
-        if rank == 0:
+    """Rank 0 writes content to path, whole or not at all, while the others wait. All raise OSError
+    if it fails."""
+    trouble = None
+    if rank == 0:
+        try:
             sync(path.with_name("log.csv"))     # never behind the checkpoint
             write_aside(path, lambda file: torch.save(content, file))
-    except (OSError, RuntimeError) as error:    # torch.save hides the first behind the second
-        trouble = [f"{path} could not be written ({error.__context__ or error}); the last is untouched"]
+        except (OSError, RuntimeError) as error:
+            reason = error.__context__ or error     # torch.save wraps an OSError in a RuntimeError
+            trouble = f"{path} could not be written ({reason}); the last is untouched"
     if world_size > 1:
-        dist.broadcast_object_list(trouble, group=patient)
-    if trouble[0]:
-        raise OSError(trouble[0])
+        everybody = [trouble]
+        dist.broadcast_object_list(everybody, group=patient_group)
+        trouble = everybody[0]
+    if trouble:
+        raise OSError(trouble)
 
-def open_device(config):
-    """(device of this rank, autocast context). Starts the process group, and replaces dtype=auto in config."""
-    global patient
-    on_gpu = config.device == "cuda" or config.device == "auto" and torch.cuda.is_available()
-    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
-    if on_gpu:
-        torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False   # sums are fp32
-    elif config.device == "auto" and shutil.which("nvidia-smi"):
-        say("nvidia-smi is here, but PyTorch sees no GPU: going on with the CPU")
-    if world_size > 1 and not dist.is_initialized():    # a node that is gone is missed after 10 minutes
-        backend, device_id = ("cpu:gloo,cuda:nccl", device) if on_gpu else ("gloo", None)
-        dist.init_process_group(backend, device_id=device_id, timeout=timedelta(minutes=10))
-        patient = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
-    if config.dtype == "auto":
-        has_bf16 = (torch.cuda.get_device_capability(device) >= (8, 0) if on_gpu else
-                    "bf16" in os.popen("cat /proc/cpuinfo 2>/dev/null").read())
-        config.dtype = "bfloat16" if has_bf16 else "float32"
-    if not on_gpu and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-1, 2 ** 31 - 1)   # M_TRIM_THRESHOLD: glibc keeps freed memory; getting it back is slow
-        libc.mallopt(-4, 0)             # M_MMAP_MAX
-    # PyTorch's plain attention for the CPU is 3 times as fast on short bf16 sequences as its fused one. Despite the
-    # names these switches count on the CPU; compile caches do not see them, so empty the cache after an edit.
-    plain_attention = not on_gpu and config.dtype == "bfloat16" and config.seq_len <= 256
-    torch.backends.cuda.enable_flash_sdp(not plain_attention)
-    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(plain_attention)
-    return device, torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
 
-def build(config, device):
-    """(model, optimizer) in config's parametrization. Raises ValueError for impossible sizes."""
-    initial, lr_scale = parametrize(**{key: getattr(config, key) for key in inspect.signature(parametrize).parameters})
-    model_config = GPTConfig(config.width, config.depth, config.head_dim, config.vocab_size, config.seq_len, **initial)
-    torch.manual_seed(config.seed)
-    with device:
-        model = (PlainGPT if "hidden_std" in initial else GPT)(model_config)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad = not (config.freeze_alpha and name.endswith("alpha.raw"))
-    groups = param_groups(model, lr_scale)
-    for group in groups:
-        group["weight_decay"] = 0.0 if group["name"] == "rescalers" else config.weight_decay
-    return model, torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
-
-def maybe_compile(model, config):
-    """(forward, normalize_weights) of the model, compiled if config says so. The model keeps its parameters' names."""
-    header, compiler = Path(sysconfig.get_paths()["include"], "Python.h"), os.environ.get("CXX", "g++")
-    possible = header.exists() and shutil.which(compiler)
-    if config.compile and not possible:
-        say(f"torch.compile needs {compiler}, or another as CXX, and {header} (python3-dev): going on uncompiled")
-    return [torch.compile(part, disable=not (config.compile and possible)) for part in (model, model.normalize_weights)]
-
-def schedule(step, config):
-    """What multiplies the learning rate: warm-up, if any; then the schedule, which ends at min_lr_ratio."""
-    if step < config.warmup_steps:
-        return (step + 1) / (config.warmup_steps + 1)
-    left = 1 - step / config.steps
-    decay = dict(cosine=0.5 * (1 + math.cos(math.pi * step / config.steps)), linear=left,
-                 wsd=min(1, left / config.decay_fraction))
-    return config.min_lr_ratio + (1 - config.min_lr_ratio) * decay[config.schedule]
-
-def evaluate(model, forward, tokens, micro, config, autocast):
-    """{val_loss: nats a token over the windows of validation_starts, and the means of |α_A|, |α_M| and s_z}."""
-    starts = validation_starts(len(tokens), config.seq_len, config.eval_tokens)
-    total = torch.zeros((), dtype=torch.float64, device=model.embedding.device)
-    for first in range(rank * micro, len(starts), world_size * micro):
-        some = starts[first:first + micro]
-        x, y = sequences(tokens, some, config.seq_len, total.device)
-        with torch.no_grad(), autocast:     # the last may be fewer, for which nothing is compiled
-            total += (forward if len(some) == micro else model)(x, y)[1] * len(some)
-    if world_size > 1:
-        dist.all_reduce(total)
-    metrics = dict(val_loss=round(total.item() / len(starts), 6))
-    for name in RESCALERS:      # the plain GPT has none
-        if vectors := [module().abs() for key, module in model.named_modules() if key.endswith(name)]:
-            metrics[name] = float(f"{torch.cat(vectors).mean().item():.6g}")
-    return metrics
-
-def print_sample(model, config, tokenizer, autocast):
-    """Print config.sample_tokens tokens drawn from the model after config.prompt, or why that cannot be."""
+def load(path, mmap=False):
+    """The content of a checkpoint. Raises ValueError if path is missing or is no checkpoint."""
     try:
-        encode, decode, vocab_size, end_of_text = get_tokenizer(tokenizer)
-        prompt = [*encode([config.prompt])[0]] or [end_of_text or ord("\n")]
-        torch.manual_seed(config.seed)
-        with autocast:
-            tokens = torch.tensor([prompt], dtype=torch.int64, device=model.embedding.device)
-            tokens = model.generate(tokens, config.sample_tokens, top_k=50)[0].tolist()
-        text = decode([token for token in tokens if token < vocab_size])    # the model's may be rounded up
-    except (ValueError, KeyError) as error:         # no network for the vocabulary; a token that no text has
-        text = f"no sample: {error}"
-    say(f"{'-' * 30} sample {'-' * 30}\n{text}\n{'-' * 68}")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        for key in ("config", "model_config", "data", "progress", "model", "optimizer"):
+            checkpoint[key]
+        return checkpoint
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
+    except Exception as error:      # unpickling what is no checkpoint can raise anything
+        reason = type(error).__name__
+        raise ValueError(f"{path} is damaged, or of another version ({reason})") from None
 
-def train(config, model, optimizer, record, progress, train_tokens, val_tokens, autocast):
-    """The status after training from progress["step"] on: finished, diverged or stopped. Keeps progress up to date."""
-    folder, device, step, status = Path(config.out_dir), model.embedding.device, progress["step"], "finished"
+
+def commit():
+    """The commit of this checkout, "" outside of git or inside another project's repository."""
+    here = Path(__file__).resolve().parent
+    with suppress(OSError):
+        def git(*words):
+            done = subprocess.run(["git", "-C", here, *words], capture_output=True)
+            return os.fsdecode(done.stdout).strip()
+        if git("rev-parse", "--show-toplevel") == str(here):
+            return git("describe", "--always", "--dirty")
+    return ""
+
+
+# ------------------------------------------------------------------------------------------------
+# The run
+
+
+def train(config, build=build, after_step=None):
+    """
+    The outcome of the run that config describes, as {column of OUTCOME: value}; its "status" is
+    finished, diverged or stopped. Raises ValueError, with one sentence, for bad input, and OSError
+    if a file cannot be written.
+
+    build(config, device) makes the model and its optimizer; a fork may pass its own.
+    after_step(step, model) is called before the first step, with the step a run begins at, and
+    after each step.
+    """
+    started = time.perf_counter()
+    check(config)
+    config = replace(config)        # a copy, in which "auto" is replaced
+    device, autocast = open_device(config)
+
+    # data
+    train_tokens, val_tokens, meta = open_data(config)
+    config.vocab_size = pick_vocab_size(config, meta)
+
+    # model and optimizer
+    model, optimizer = build(config, device)
+    folder = Path(config.out_dir)
+    path = folder / "ckpt.pt"
+    goes_on = bool(config.out_dir) and path.exists()
+    if config.init_from and not goes_on:
+        start_from(config.init_from, model)
+
+    # a new run, or one that goes on
+    record = {"config": asdict(config), "model_config": asdict(model.config), "data": meta,
+              "commit": commit(), "torch": str(torch.__version__),
+              "cudnn": torch.backends.cudnn.version()}
+    progress = {"step": 0, "seconds": 0.0, "log_bytes": 0}
+    if goes_on:
+        progress = restore(path, config, model, optimizer, record)
+    step = progress["step"]
+
+    # what is about to happen, in a few lines
+    share, micro = split_batch(config)
+    say_if_micro_batches_are_tiny(config)
+    tokens_per_step = config.batch_size * config.seq_len
+    flops_per_step = model.flops_per_token() * tokens_per_step
+    rate = matrix_rate(device, config.dtype)
+    fastest_step = flops_per_step / rate / world_size
+    describe(config, model, optimizer, meta, train_tokens, device, fastest_step)
+
+    # files
+    if world_size > 1:
+        dist.barrier()      # no rank looks for ckpt.pt any more when the first one writes it
+    locked = None
+    if config.out_dir and rank == 0:
+        locked = lock(folder)
+        if locked.tell() > progress["log_bytes"]:
+            locked.truncate(progress["log_bytes"])      # rows after the checkpoint come again
+        write_json(folder / "config.json", record)
+    # What a checkpoint holds, beside Adam's state. These are references, not copies: the weights
+    # and `progress` in it are always those of now.
+    state = {**record, "progress": progress, "model": model.state_dict()}
+    if step == 0 and config.out_dir:    # so that --resume finds this run, however early it ends
+        save(path, **state, optimizer=optimizer.state_dict())
+
     forward, normalize_weights = maybe_compile(model, config)
-    ddp = forward if world_size == 1 else DDP(          # in few buckets, as each cuts the compiled graph
-        forward, bucket_cap_mb=250, gradient_as_bucket_view=True, broadcast_buffers=False)
-    share = config.batch_size // world_size     # sequences of a rank; a micro-batch is the largest part of it allowed
-    micro = max(m for m in range(1, share + 1) if share % m == 0 and m <= (config.micro_batch_size or share))
-    tokens_per_step, every = config.batch_size * config.seq_len, config.snapshot_every
-    state = dict(record, progress=progress, model=model.state_dict())   # all the next step needs, but Adam's state
-    if step == 0 and config.out_dir:            # so that --resume finds this run, however early it ends
-        save(folder / "ckpt.pt", **state, optimizer=optimizer.state_dict())
-    if step == 0 and every:
-        save(folder / "snapshot_00000000.pt", step=step, model=state["model"])
-    if step and world_size > 1:
-        # DDP sorts gradients into other buckets after its first backward, whose sums over ranks have other last bits.
-        # The run that is continued had done so; here a backward that changes no weight does it.
-        with autocast:
-            warmup_loss = ddp(*sequences(train_tokens, [0] * micro, config.seq_len, device))[1]
-        warmup_loss.backward()
-        optimizer.zero_grad(set_to_none=False)
-    bar = tqdm(total=config.steps, initial=step, disable=rank > 0, mininterval=1 if sys.stderr.isatty() else 10)
-    clock = time.perf_counter(), step           # at the last report
+    train_forward = forward
+    if world_size > 1:      # gradients travel in large buckets: each bucket cuts the compiled graph
+        train_forward = DDP(forward, bucket_cap_mb=250, gradient_as_bucket_view=True,
+                            broadcast_buffers=False)
+        if step > 0:
+            batch = sequences(train_tokens, [0] * micro, config.seq_len, device)
+            match_buckets(train_forward, optimizer, batch, autocast)
+    if after_step:
+        after_step(step, model)
+
+    status = "finished"     # which a run is that has no step left
+    bar = tqdm(total=config.steps, initial=step, disable=rank > 0 or quiet,
+               mininterval=1 if sys.stderr.isatty() else 10)
+    clock = time.perf_counter()         # at the last report
+    clock_step = step
     while step < config.steps:
+        # learning rate
         learning_rate = config.learning_rate * schedule(step, config)
         for group in optimizer.param_groups:
             group["lr"] = group["lr_scale"] * learning_rate
-        starts = batch_starts(config.seed, step, config.batch_size, config.seq_len, len(train_tokens))
+
+        # gradients, summed over micro-batches and averaged over ranks
+        starts = batch_starts(config.seed, step, config.batch_size, config.seq_len,
+                              len(train_tokens))
+        mine = starts[rank * share:(rank + 1) * share]
         loss = torch.zeros((), device=device)
-        for i in range(rank * share, (rank + 1) * share, micro):
-            if world_size > 1:
-                ddp.require_backward_grad_sync = i + micro == (rank + 1) * share    # average with the last micro-batch
-            x, y = sequences(train_tokens, starts[i:i + micro], config.seq_len, device)
+        for i in range(0, share, micro):
+            x, y = sequences(train_tokens, mine[i:i + micro], config.seq_len, device)
+            if world_size > 1:      # ranks exchange gradients once, with the last micro-batch
+                train_forward.require_backward_grad_sync = i + micro == share
             with autocast:
-                micro_loss = ddp(x, y)[1] * (micro / share)
+                _, micro_loss = train_forward(x, y)
+                micro_loss = micro_loss * (micro / share)
             micro_loss.backward()
             loss += micro_loss.detach() / world_size
+
+        # update
         optimizer.step()
-        optimizer.zero_grad(set_to_none=world_size == 1)        # None would cost DDP its views of the buckets
+        optimizer.zero_grad(set_to_none=world_size == 1)    # None would cost DDP its buckets' views
         normalize_weights()
         step += 1
         bar.update()
+        if after_step:
+            after_step(step, model)
 
-        stopping, last = torch.tensor(len(signals)), step == config.steps
-        if world_size > 1:
-            dist.all_reduce(stopping)           # a signal comes to ranks at different steps; on the CPU: no GPU waits
+        # is there anything to report?
+        stopping = len(signals) > 0
+        if world_size > 1:      # a signal comes to the ranks at different steps
+            everywhere = torch.tensor(float(stopping))
+            dist.all_reduce(everywhere)         # on the CPU, so that no GPU waits
+            stopping = everywhere.item() > 0
+        last = step == config.steps
         evaluating = last or step % config.eval_every == 0
         saving = last or stopping or step % config.checkpoint_every == 0
         logging = evaluating or step % config.log_every == 0
-        snapshot = every and (last or step % every == 0 or step < every and step.bit_count() == 1)
-        if not (logging or saving or snapshot):
+        if not (logging or saving):
             continue
+
+        # report
         if world_size > 1:
             dist.all_reduce(loss)
-        train_loss = round(loss.item(), 6)      # the host waits for the device here, and nowhere else in the loop
-        seconds = time.perf_counter() - clock[0]
-        row = dict(step=step, tokens=step * tokens_per_step, learning_rate=float(f"{learning_rate:.6g}"),
-                   train_loss=train_loss, seconds=round(progress["seconds"] + seconds, 2),
-                   tokens_per_second=round((step - clock[1]) * tokens_per_step / seconds))
-        bar.set_postfix_str(f"loss {train_loss:.3f}, {row['tokens_per_second']:,} tokens/s", refresh=False)
+        train_loss = round(loss.item(), 6)      # only here the host waits for the device
+        seconds = time.perf_counter() - clock
+        steps_per_second = (step - clock_step) / seconds
+        row = {"step": step, "tokens": step * tokens_per_step,
+               "learning_rate": float(f"{learning_rate:.6g}"), "train_loss": train_loss,
+               "seconds": round(progress["seconds"] + seconds, 3),
+               "tokens_per_second": round(steps_per_second * tokens_per_step)}
+        utilization = steps_per_second * flops_per_step / rate / world_size
+        bar.set_postfix_str(f"loss {train_loss:.3f}, {row['tokens_per_second']:,} tokens/s, "
+                            f"{utilization:.0%} of the matrix rate", refresh=False)
         if evaluating:
-            row |= evaluate(model, forward, val_tokens, micro, config, autocast)
-            say(f"step {step}/{config.steps}: train_loss {train_loss:.4f}, val_loss {row['val_loss']:.4f}")
-        finite = math.isfinite(train_loss + row.get("val_loss", 0)) and (
-            not saving or all(weight.isfinite().all() for weight in model.parameters()))
-        status = "diverged" if not finite else "finished" if last else ""
-        progress |= row | ({} if finite else dict(val_loss=math.nan))
-        if config.out_dir and rank == 0 and (logging or not finite):
-            progress["log_bytes"] = append_row(folder / "log.csv", LOG, row | dict(status=status))
-        if not finite:
-            break
-        if snapshot:
-            save(folder / f"snapshot_{step:08d}.pt", step=step, model=state["model"])
-        if saving and config.out_dir:
-            save(folder / "ckpt.pt", **state, optimizer=optimizer.state_dict())
-        if stopping:
-            break
-        clock = time.perf_counter(), step       # neither evaluation nor checkpoints count as training time
-    bar.close()
-    return status or "stopped"
+            row.update(evaluate(model, forward, val_tokens, micro, config, autocast))
+            say(f"step {step}/{config.steps}: train_loss {train_loss:.4f}, "
+                f"val_loss {row['val_loss']:.4f}")
 
-def run(given):
-    """The exit code of the run that the options given describe: training, a row in --results, sample and last line."""
-    started, (config, checkpoint) = time.perf_counter(), load_run(given)
-    check(config)
-    device, autocast = open_device(config)
-    try:
-        if config.data == Config.data and not Path(config.data, "meta.json").exists():
-            prepare_stdlib(config.data)
-        train_tokens, val_tokens, meta = read_folder(config.data)
-        if (fewest := min(len(train_tokens), len(val_tokens))) <= config.seq_len:
-            raise ValueError(f"{config.data} has only {fewest:,} tokens in a split; both need more than seq_len")
-        config.vocab_size = max(config.vocab_size, 64 * math.ceil(meta["vocab_size"] / 64))
-        if config.results and not config.sample_only and (done := find_result(config)):
-            say("skipped: " + " ".join(f"{key}={done[key]}" for key in ("learning_rate", "seed", "val_loss", "status")))
-            return EXIT_CODES[done["status"]]
-        model, optimizer = build(config, device)
-        commit = os.popen(f"git -C '{Path(__file__).parent}' describe --always --dirty 2>/dev/null").read().strip()
-        data = {**meta, "val": {**meta["val"], "bytes": None}}      # which may be counted later
-        record = dict(config=asdict(config), model_config=asdict(model.config), data=data, commit=commit,
-                      torch=str(torch.__version__), cudnn=torch.backends.cudnn.version())
-        progress = dict(step=0, seconds=0.0, log_bytes=0)
-        if checkpoint:
-            if differ := [key for key in ("model_config", "data") if checkpoint.get(key) != record[key]]:
-                raise ValueError(f"{config.out_dir}/ckpt.pt was trained with another {' and '.join(differ)}")
-            model.load_state_dict(checkpoint["model"])
-            optimizer.load_state_dict(checkpoint["optimizer"])
-            progress, checkpoint = checkpoint["progress"], None     # or its file keeps its place on the disk
-    except ValueError as error:
-        fail(error)
-    if config.sample_only:
-        if progress["step"] == 0:
-            fail(f"{config.out_dir} has no trained model; sample_only needs one, and --resume")
-        print_sample(model, config, meta["tokenizer"], autocast)
-        return 0
+        finite = math.isfinite(train_loss) and math.isfinite(row.get("val_loss", 0))
+        if finite and saving:
+            finite = all(parameter.isfinite().all() for parameter in model.parameters())
+        status = ""
+        if not finite:
+            status = "diverged"
+        elif last:
+            status = "finished"
+        progress.update(row)
+        if config.out_dir and rank == 0 and (logging or not finite):
+            progress["log_bytes"] = append_log(folder / "log.csv", {**row, "status": status})
+        if not finite:
+            progress["val_loss"] = math.nan
+            break
+        if saving and config.out_dir:
+            save(path, **state, optimizer=optimizer.state_dict())
+        if stopping and not last:
+            break
+        clock = time.perf_counter()     # neither evaluation nor checkpoints count as training time
+        clock_step = step
+    bar.close()
+    if locked:
+        locked.close()
+
+    # outcome
+    outcome = {name: progress.get(name) for name in OUTCOME}
+    outcome["status"] = status or "stopped"
+    outcome["parameters"] = model.num_params()
+    outcome["seconds"] = round(time.perf_counter() - started, 2)
+    if outcome["val_loss"] is not None and meta["val"]["bytes"]:
+        bits = outcome["val_loss"] / math.log(2)
+        outcome["bits_per_byte"] = round(bits * meta["val"]["tokens"] / meta["val"]["bytes"], 4)
+    if status == "finished" and config.sample_tokens and rank == 0:
+        try:
+            print_sample(model, meta["tokenizer"], config, autocast)
+        except ValueError as error:
+            say(str(error))
+    return outcome
+
+
+def start_from(folder, model):
+    """Load the weights of the run in another folder. Raises ValueError if its model differs."""
+    checkpoint = load(Path(folder, "ckpt.pt"))
+    require(checkpoint["model_config"] == asdict(model.config),
+            f"init_from={folder} holds a model of other sizes or rescalers; --base={folder} takes "
+            "its numbers from there")
+    model.load_state_dict(checkpoint["model"])
+
+
+def restore(path, config, model, optimizer, record):
+    """The progress of the run whose checkpoint stands at path, after its weights and Adam's state
+    were loaded. Raises ValueError if it is not the run that config and record describe."""
+    folder = path.parent
+    require(config.resume, f"{folder} already holds a run; continue it with --resume, or choose "
+                           "another --out_dir")
+    # A GPU copies from a file that is mapped to memory. On the CPU Adam's state would go on
+    # pointing into the file, and its place on the disk would stay taken.
+    checkpoint = load(path, mmap=model.embedding.is_cuda)
+    require(checkpoint["model_config"] == record["model_config"],
+            f"{path} was trained with another model_config")
+    require(fingerprint(checkpoint["data"]) == fingerprint(record["data"]),
+            f"{path} was trained with another data than {config.data}; --init_from={folder} starts "
+            "a new run from its weights")
+    rates = [group["lr_scale"] for group in optimizer.param_groups]
+    saved = [group["lr_scale"] for group in checkpoint["optimizer"]["param_groups"]]
+    require(rates == saved, f"{path} was trained with other learning rates: has parametrize.py "
+                            "been edited?")
+    model.load_state_dict(checkpoint["model"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    return checkpoint["progress"]
+
+
+def describe(config, model, optimizer, meta, train_tokens, device, seconds_per_step):
+    """Say what is about to be trained, at which rates, and how long a step will take."""
     tokens = config.steps * config.batch_size * config.seq_len
     epochs = tokens / len(train_tokens)
-    say(f"{config.parametrization}: {model.num_params():,} parameters, {config.steps:,} steps, {tokens:,} tokens, "
-        f"{epochs:.1f} epochs of {config.data}, {config.dtype}, {world_size} × {device}")
+    say(f"{config.parametrization}: {model.num_params():,} parameters, {config.steps:,} steps, "
+        f"{tokens:,} tokens, {epochs:.1f} epochs of {config.data}, {config.dtype}, "
+        f"{world_size} × {device}")
+    rates = [f"{group['name']} {config.learning_rate * group['lr_scale']:.3g}"
+             for group in optimizer.param_groups]
+    say(f"m_w={config.width / config.base_width:g} m_d={config.depth / config.base_depth:g} "
+        f"m_t={config.steps / config.base_steps:g}; η={config.learning_rate:g} becomes "
+        f"{', '.join(rates)}")
+    if config.base and not config.resume:
+        sentence = not_carried(config, meta)
+        if sentence:
+            say(sentence)
     if epochs > 4:
-        say(f"more than 4 epochs teach little; new text: `python prepare_data.py fineweb_edu --tokens={tokens:.0e}`")
-    if config.out_dir and rank == 0:
-        Path(config.out_dir).mkdir(parents=True, exist_ok=True)
-        write_json(Path(config.out_dir, "config.json"), record)
-        with open(Path(config.out_dir, "log.csv"), "a") as log:
-            log.truncate(min(log.tell(), progress["log_bytes"]))    # without the rows after the checkpoint
-    status = train(config, model, optimizer, record, progress, train_tokens, val_tokens, autocast)
-    if status == "stopped":
-        say(f"stopped after step {progress['step']}; the same command with --resume continues")
-        return EXIT_CODES[status]
-    bits = progress["val_loss"] / math.log(2) * meta["val"]["tokens"] / (meta["val"]["bytes"] or math.nan)
-    end = progress | dict(bits_per_byte=round(bits, 4), parameters=model.num_params(), status=status,
-                          seconds=round(time.perf_counter() - started, 2))
-    end = {key: end[key] for key in END if key in end}
-    if config.results and rank == 0:
-        append_row(config.results, RESULTS, asdict(config) | end)
-    if status == "finished" and config.sample_tokens and rank == 0:
-        print_sample(model, config, meta["tokenizer"], autocast)
-    say("final: " + " ".join(f"{key}={value}" for key, value in end.items()))
-    return EXIT_CODES[status]
+        say("more than 4 epochs teach little; new text: "
+            f"`python prepare_data.py fineweb --tokens={tokens:.0e}`")
+    say(f"a step takes at least {seconds_per_step:.2g} s here: the time of its matrix products, at "
+        "the rate of a large one")
+    if device.type == "cpu" and seconds_per_step > 60:
+        say("that is for a GPU; for a CPU there is `python train.py --base=results/laptop.json`")
 
-def main(argv):
-    """Do the runs that the options in argv ask for. Returns the largest of their exit codes."""
-    runs, signals[:] = parse_args(argv), []
-    for number in (signal.SIGTERM, signal.SIGINT):      # train stops after its step; without a folder nothing is saved
-        saves = runs[0].get("out_dir", Config.out_dir)
-        signal.signal(number, (lambda number, frame: signals.append(number)) if saves else signal.SIG_DFL)
-    code = max(map(run, runs))
+
+def match_buckets(ddp, optimizer, batch, autocast):
+    """Run one backward pass that changes no weight. After its first backward pass DDP sorts the
+    gradients into other buckets, whose sums over ranks have other last bits. The run that is
+    resumed had that behind it."""
+    with autocast:
+        _, loss = ddp(*batch)
+    loss.backward()
+    optimizer.zero_grad(set_to_none=False)
+
+
+# ------------------------------------------------------------------------------------------------
+# Command line
+
+
+def integer(text):
+    """10000 of "10000", "1e4" or "10_000". Raises ValueError."""
+    number = float(text)
+    if number != int(number):
+        raise ValueError
+    return int(number)
+
+
+def number(text):
+    """0.0078125 of "0.0078125", "7.8125e-3" or "2^-7". Raises ValueError."""
+    base, sign, power = text.partition("^")
+    value = float(base) ** float(power if sign else 1)
+    if isinstance(value, complex):      # of a negative base
+        raise ValueError
+    return value
+
+
+def boolean(text):
+    """True or False of "True", "false", "1", … Raises KeyError."""
+    return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+
+
+PARSERS = {int: integer, float: number, bool: boolean, str: str}
+PATHS = {"base", "init_from", "data", "out_dir"}
+
+
+def parse_value(name, text, config_class=Config):
+    """The value of an option from its text. Raises ValueError with one sentence."""
+    kind = {f.name: f.type for f in fields(config_class)}[name]
+    try:
+        value = PARSERS[kind](text)
+    except (ValueError, KeyError, OverflowError):
+        raise ValueError(f"--{name} must be of type {kind.__name__}, not {text!r}") from None
+    if name in PATHS and value:
+        value = os.path.normpath(os.path.expanduser(value))
+    return value
+
+
+def parse_args(argv, config_class=Config):
+    """{option: value} of the options in argv. Leaves with one sentence for an unknown option or an
+    impossible value."""
+    parser = argparse.ArgumentParser(prog="train.py", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: fail(f"{message}; `python train.py --help` lists all options")
+    for f in fields(config_class):
+        default = "" if f.default == "" else f" (default {f.default})"
+        text = (f.metadata.get("help", "") + default).replace("%", "%%")
+        if f.type is bool:      # may stand bare: --resume
+            parser.add_argument(f"--{f.name}", nargs="?", const="True", default=argparse.SUPPRESS,
+                                help=text)
+        else:
+            parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text)
+    given = vars(parser.parse_args(argv))
+    try:
+        return {name: parse_value(name, text, config_class) for name, text in given.items()}
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def load_config(given, config_class=Config):
+    """The Config of the options given. What they leave out comes from the base, if one is given,
+    then from the run that is resumed, then from Config. Raises ValueError."""
+    if given.get("base"):
+        given = {**read_base(given["base"], config_class), **given}
+    config = config_class(**given)
+    path = Path(config.out_dir, "ckpt.pt")
+    if not (config.resume or config.sample_only) or not (config.out_dir and path.exists()):
+        return config
+
+    checkpoint = load(path, mmap=True)
+    try:
+        saved = config_class(**checkpoint["config"])
+    except TypeError:
+        raise ValueError(f"{path} is damaged, or of another version") from None
+    done = checkpoint["progress"]["step"]
+    automatic = {"dtype": "auto", "vocab_size": 0}      # the run has what these stood for
+    given = {name: value for name, value in given.items() if automatic.get(name) != value}
+    config = replace(saved, **{"resume": False, "sample_only": False, **given})
+    free = {"seed"} if config.sample_only else set()
+    changed = [name for name in mathematics(config_class)
+               if getattr(config, name) != getattr(saved, name) and name not in free]
+    if changed and not goes_on_to_another_horizon(saved, config, changed, done):
+        had = ", ".join(f"{name}={getattr(saved, name)}" for name in changed)
+        raise ValueError(f"{config.out_dir} has {had}, which a resumed run cannot change")
+    return config
+
+
+def goes_on_to_another_horizon(before, now, changed, done):
+    """Whether a run of schedule wsd, resumed before its decay, only ends earlier or later. It would
+    have had the same learning rates so far, if steps / base_steps stays: m_t multiplies them."""
+    return (set(changed) <= {"steps", "base_steps"}
+            and done < now.steps
+            and now.steps * before.base_steps == before.steps * now.base_steps
+            and all(schedule(step, now) == schedule(step, before) for step in range(done)))
+
+
+def sample(config, build=build):
+    """Print a sample of the model in config.out_dir. Neither its text nor another folder is needed.
+    Raises ValueError if there is no trained model, or no tokenizer."""
+    checkpoint = load(Path(config.out_dir, "ckpt.pt"))
+    require(checkpoint["progress"]["step"] > 0, f"{config.out_dir} has no trained model yet")
+    check(config)
+    device, autocast = open_device(config)
+    model, _ = build(config, device)
+    model.load_state_dict(checkpoint["model"])
+    print_sample(model, checkpoint["data"].get("tokenizer"), config, autocast)
+
+
+def watch_signals():
+    """From now on the first SIGTERM or Ctrl-C asks the run to stop after its step, and the second
+    ends the process at once. The signal's number goes to a pipe, which a thread reads: so it is
+    heard even in the middle of a long matrix product, where Python itself hears nothing."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer)
+
+    def only_wake_the_pipe(signal_number, frame):
+        pass
+
+    for signal_number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signal_number, only_wake_the_pipe)
+
+    def listen():
+        while True:
+            heard = os.read(reader, 1)[0]
+            if heard not in (signal.SIGTERM, signal.SIGINT):
+                continue
+            if signals:
+                os._exit(128 + heard)       # files are written aside and renamed: none is damaged
+            signals.append(heard)
+            say("stopping after this step; a second signal ends the process at once")
+
+    threading.Thread(target=listen, daemon=True).start()
+
+
+def fail(sentence, everybody=False):
+    """Leave with one sentence and exit code 1. Bad input is the same for all processes of a node:
+    the first one says it. What hits one process alone is said by everybody it hits."""
+    if dist.is_initialized():
+        dist.destroy_process_group()        # or its threads may abort the exit
+    sys.exit(f"train.py: {sentence}" if local_rank == 0 or everybody else 1)
+
+
+def main(argv, config_class=Config, build=build):
+    """The exit code of the run that the options in argv describe. Leaves with one sentence, and
+    exit code 1, for bad input."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")        # a terminal may lack letters of a sample
+    signals.clear()
+    given = parse_args(argv, config_class)
+    try:
+        config = load_config(given, config_class)
+        if config.sample_only:
+            sample(config, build)
+            return 0
+        if config.out_dir:      # without a folder there is nothing to save
+            watch_signals()
+        outcome = train(config, build)
+    except ValueError as error:
+        fail(error)
+    except torch.OutOfMemoryError:
+        fail("out of memory: a smaller --micro_batch_size needs less, and changes rounding only",
+             everybody=True)
+    except OSError as error:        # no permission, disk full
+        print(file=sys.stderr)      # below the progress bar
+        fail(error, everybody=True)
+
+    if outcome["status"] == "stopped":
+        say(f"stopped after step {outcome['step']}; the same command with --resume continues")
+    else:
+        known = [f"{name}={value}" for name, value in outcome.items() if value is not None]
+        say("final: " + " ".join(known))
     if world_size > 1:
-        dist.barrier()      # a rank that left with an exit code would take the first down before it is done
+        dist.barrier()      # torchrun ends all ranks once one leaves with an exit code
         dist.destroy_process_group()
-    return code
+    return EXIT_CODES[outcome["status"]]
+
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except OSError as error:    # no such folder, no permission, disk full: of this rank alone, perhaps
-        print(file=sys.stderr)  # below the progress bar
-        fail(error)
+    sys.exit(main(sys.argv[1:]))

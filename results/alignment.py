@@ -1,16 +1,27 @@
 """
-Alignment exponents of trained models, measured on the weights that train.py saved along the way.
+Alignment exponents: how well changes of weights line up with their inputs, as models train.
 
-    python train.py --snapshot_every=20 --out_dir=out/a …           save weights at steps 0, 1, 2, 4, 8, 16, 20, 40, …
-    python results/alignment.py out/a out/b … --csv=FILE.csv        measure them; print exponents and slopes over widths
-    python results/alignment.py FILE.csv … --plot=FILE.png          print and draw measurements made before
+    python results/alignment.py --base=results/laptop.json --width=48,96,192 --seed=0,1,2 \\
+        --every=20 --csv=out/alignment.csv --plot=out/alignment.png
+    python results/alignment.py results/alignment.csv --plot=alignment.png
 
-Runs of several parametrizations get the coordinate check alone: how much weights, hidden states and logits have changed
-at each width. Give each (parametrization, width, seed) once, all with the same depth and number of steps.
+The first command trains the runs, one after the other, and measures them on the way: at steps 0, 1,
+2, 4, 8, 16, every 20 and the last. It takes the options of train.py, of which parametrization,
+width and seed may be lists. Repeated, it makes the runs that the file does not have.
+The second prints and draws measurements made before, of one or more files.
+
+A single column gets its exponents, at each width and as slopes over widths. Several columns get the
+coordinate check alone: how much weights, hidden states and logits have changed at each width.
 """
-import argparse, csv, json, math, pickle, re, sys
+import copy
+import hashlib
+import itertools
+import math
+import sys
+from dataclasses import dataclass
+from dataclasses import replace
+from os.path import expanduser
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -18,41 +29,70 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import show, train
-from parametrize import COLUMNS, TENSOR_CLASSES
-from prepare_data import read_folder
+import plain
+import show
+import train
+from model import GPTConfig
+from parametrize import TENSOR_CLASSES
+from prepare_data import fingerprint
 from verdict import student
 
-MAPS = {"qkv": ("W_q", "W_k", "W_v"), "attn_out": ("W_O",), "mlp_in": ("W_u", "W_nu"), "mlp_out": ("W_oMLP",),
-        "unembedding": ("E_out",)}      # parameter: the linear maps stacked in it; any other is one map of its own name
+TOKENS = 2048       # of the validation text, the same in every measurement
 EXPONENTS = ["alpha", "omega", "nu"]
-FIELDS = ["parametrization", "width", "depth", "steps", "seed", "step", "loss", "layer", "map", "d_in", *EXPONENTS,
-          "rms_dW", "rms_dx", "rms_y", "rms_dy"]
-NUMBERS = ["loss", "d_in", *EXPONENTS, "rms_dW", "rms_dx", "rms_dy"]
-TOKENS = 2048           # of the validation split, the same in every measurement
+NUMBERS = ["loss", "d_in", *EXPONENTS, "rms_dW", "rms_dx", "rms_dy"]        # which are read again
+WHICH = ["parametrization", "width", "depth", "steps", "seed", "step", "layer", "map"]
+FIELDS = ["parametrization", "width", "depth", "steps", "seed", "step", "loss", "layer", "map",
+          "d_in", *EXPONENTS, "rms_dW", "rms_dx", "rms_y", "rms_dy", "run"]
+
+
+# ------------------------------------------------------------------------------------------------
+# Measuring a model
 
 
 class LinearMaps(TorchFunctionMode):
-    """Collects `inputs`, {weight's name: (input (…, d_in), True for x @ W)}, of a model's linear maps while in use.
-    A matrix keeps its name through functions that keep its shape, such as a product with rescalers. Raises ValueError
-    for another weight, and for a second use."""
+    """
+    Collects the linear maps of a model while it runs, as {weight's name: (weight, its input)} in
+    `found`. Weights are (d_out, d_in), with which F.linear(input, weight) is the map.
+
+    A weight counts without what rescales it: a matrix keeps its name through functions that keep
+    its shape. Matrices that torch.cat stacks are maps of the same input, each for itself. Raises
+    ValueError for a map whose weight is no parameter, and for a second use.
+    """
+
     def __init__(self, model):
         super().__init__()
-        self.inputs, self.names = {}, {p: name for name, p in model.named_parameters() if p.dim() == 2}
+        self.found = {}
+        self.matrices = dict(model.named_parameters())
+        self.names = {matrix: [name] for name, matrix in self.matrices.items() if matrix.dim() == 2}
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        if function is F.linear or function in (torch.matmul, torch.Tensor.matmul) and args[1].dim() == 2:
-            name = self.names.get(args[1])
-            if name is None or name in self.inputs:
-                raise ValueError(f"the weight of a linear map, {tuple(args[1].shape)}, is {name or 'no parameter'} "
-                                 f"{'again' if name else 'as a whole'}: name it in LinearMaps of results/alignment.py")
-            self.inputs[name] = args[0], function is not F.linear
+        if function is F.linear:
+            self.add(args[0], args[1], transposed=False)
+        if function in (torch.matmul, torch.Tensor.matmul) and args[1].dim() == 2:
+            self.add(args[0], args[1], transposed=True)     # x @ W, with W stored transposed
+        if function is torch.cat and all(matrix in self.names for matrix in args[0]):
+            self.names[out] = [name for matrix in args[0] for name in self.names[matrix]]
         for arg in args:
-            if isinstance(arg, torch.Tensor) and arg in self.names and isinstance(out, torch.Tensor):
-                if (out.shape, out.stride()) == (arg.shape, arg.stride()):      # not transposed either
-                    self.names[out] = self.names[arg]
+            if isinstance(arg, torch.Tensor) and arg in self.names and same_layout(arg, out):
+                self.names[out] = self.names[arg]
         return out
+
+    def add(self, x, weight, transposed):
+        if weight not in self.names:
+            raise ValueError(f"the weight of a linear map, {tuple(weight.shape)}, is no parameter "
+                             "as a whole: teach LinearMaps of results/alignment.py about it")
+        for name in self.names[weight]:
+            if name in self.found:
+                raise ValueError(f"{name} is the weight of two linear maps: teach LinearMaps of "
+                                 "results/alignment.py which is which")
+            matrix = self.matrices[name]
+            self.found[name] = (matrix.T if transposed else matrix, x)
+
+
+def same_layout(a, b):
+    """Whether b is a tensor like a, and not like a transposed."""
+    return isinstance(b, torch.Tensor) and a.shape == b.shape and a.stride() == b.stride()
 
 
 def rms(x):
@@ -60,82 +100,218 @@ def rms(x):
     return x.square().mean(-1).sqrt()
 
 
+def mean_rms(x):
+    """The mean of the root mean squares over the last dimension, a number."""
+    return rms(x).mean().item()
+
+
 def alignment_exponent(weight, x):
-    """log_d [RMS(W x) / (RMS(W) RMS(x))] of weight W (out, d) and x (…, d): 1/2 if the two are independent, 1 if W has
-    rank one along x. Mean over tokens that have a logarithm: one never trained on has not moved. nan if none has.
-    arXiv:2407.05872; Definition 3.1 of νGPT."""
+    """
+    log_d [RMS(W x) / (RMS(W) RMS(x))] of a weight W (out, d) and x (…, d), a mean over tokens.
+
+    It is 1/2 if the two are independent, and 1 if W has rank one along x. Tokens without a
+    logarithm do not count: a token that was never trained on has not moved. nan if none counts.
+    arXiv:2407.05872; Definition 3.1 of νGPT.
+    """
     ratio = rms(F.linear(x, weight)) / (rms(weight.flatten()) * rms(x))
-    return (ratio[ratio.isfinite() & (ratio > 0)].log().mean() / math.log(weight.size(1))).item()
+    counts = ratio.isfinite() & (ratio > 0)
+    return (ratio[counts].log().mean() / math.log(weight.size(1))).item()
 
 
 @torch.no_grad()
 def measure(model, initial, tokens, targets):
-    """(rows, loss in nats a token) of a model on tokens and targets (B, T), in fp32. Each row {layer, map, d_in, …} is
-    of a linear map y = W x: with ΔW and Δx the changes since the initial model, α of ΔW x₀, ω of W₀ Δx and ν of ΔW Δx,
-    and the RMS of ΔW, Δx, y and Δy. W is without rescalers. The last row is of logits. Raises as LinearMaps."""
-    def size(x):
-        return rms(x).mean().item()
+    """
+    (rows, loss in nats a token) of a model on tokens and targets (B, T), in fp32.
 
-    rows = []
-    with LinearMaps(initial) as maps_0:
+    Each row {layer, map, d_in, …} is of a linear map y = W x. ΔW and Δx are the changes since the
+    initial model, whose weights and inputs are W₀ and x₀: α is of ΔW x₀, ω of W₀ Δx, ν of ΔW Δx.
+    The last row is of the logits. Raises ValueError as LinearMaps does.
+    """
+    with LinearMaps(initial) as before:
         logits_0, _ = initial(tokens)
-    with LinearMaps(model) as maps:
+    with LinearMaps(model) as now:
         logits, loss = model(tokens, targets)
-    for name, (x, transposed) in maps.inputs.items():
-        in_block, x_0 = re.fullmatch(r"blocks\.(\d+)\.(.+)", name), maps_0.inputs[name][0]
-        layer, short = (int(in_block[1]), in_block[2]) if in_block else (len(model.blocks), name)
-        stacked, weights = MAPS.get(short, (short,)), (part.get_parameter(name) for part in (model, initial))
-        for map_, W, W_0 in zip(stacked, *((W.T if transposed else W).chunk(len(stacked)) for W in weights)):
-            dW, dx, y, y_0 = W - W_0, x - x_0, F.linear(x, W), F.linear(x_0, W_0)
-            rows.append(dict(layer=layer, map=map_, d_in=W.size(1), alpha=alignment_exponent(dW, x_0),
-                             omega=alignment_exponent(W_0, dx), nu=alignment_exponent(dW, dx),
-                             rms_dW=size(dW.flatten()), rms_dx=size(dx), rms_y=size(y), rms_dy=size(y - y_0)))
-    rows.append(dict(layer=len(model.blocks), map="logits", rms_y=size(logits), rms_dy=size(logits - logits_0)))
+
+    depth = len(model.blocks)
+    rows = []
+    for name, (W, x) in now.found.items():
+        W_0, x_0 = before.found[name]
+        dW = W - W_0
+        dx = x - x_0
+        y = F.linear(x, W)
+        y_0 = F.linear(x_0, W_0)
+        layer, map_ = place_of(name, depth)
+        rows.append({
+            "layer": layer,
+            "map": map_,
+            "d_in": W.size(1),
+            "alpha": alignment_exponent(dW, x_0),
+            "omega": alignment_exponent(W_0, dx),
+            "nu": alignment_exponent(dW, dx),
+            "rms_dW": mean_rms(dW.flatten()),
+            "rms_dx": mean_rms(dx),
+            "rms_y": mean_rms(y),
+            "rms_dy": mean_rms(y - y_0),
+        })
+    rows.append({
+        "layer": depth,
+        "map": "logits",
+        "rms_y": mean_rms(logits),
+        "rms_dy": mean_rms(logits - logits_0),
+    })
     return rows, loss.item()
 
 
-def measure_run(out_dir):
-    """[(out_dir, row of FIELDS as text), …] of all snapshots of a run. Raises ValueError if there is none of step 0."""
-    paths, rows = sorted(Path(out_dir).glob("snapshot_*.pt")), []
-    if not paths or int(paths[0].stem[len("snapshot_"):]) > 0:
-        raise ValueError(f"{out_dir} has no snapshot of step 0; train with --snapshot_every=N")
-    try:
-        config = train.Config(**json.loads((Path(out_dir) / "config.json").read_text())["config"] | dict(device="auto"))
-        device, _ = train.open_device(config)
-        (model, _), (initial, _) = train.build(config, device), train.build(config, device)
-        _, val, _ = read_folder(config.data)
-        starts = train.validation_starts(len(val), config.seq_len, config.eval_tokens)
-        batch = train.sequences(val, starts[:max(1, TOKENS // config.seq_len)], config.seq_len, device)
-        run = {key: str(getattr(config, key)) for key in FIELDS[:5]}
-        for path in paths:
-            snapshot = torch.load(path, map_location=device, weights_only=True)
-            for part in (model, initial) if path == paths[0] else (model,):
-                part.load_state_dict(snapshot["model"])
-            maps, loss = measure(model, initial, *batch)
-            for row in maps:
-                cells = {key: f"{cell:.5g}" if isinstance(cell, float) else str(cell) for key, cell in row.items()}
-                cells |= dict(step=str(snapshot["step"]), loss=f"{loss:.6f}")
-                rows.append((out_dir, dict.fromkeys(FIELDS, "") | run | cells))
-    except (OSError, LookupError, RuntimeError, TypeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValueError(f"{out_dir} cannot be measured ({reason})") from None
-    return rows
+def place_of(name, depth):
+    """(layer, map) of a parameter: (3, W_q) of blocks.3.W_q; behind the blocks it is (depth, …)."""
+    if name.startswith("blocks."):
+        _, layer, map_ = name.split(".", 2)
+        return int(layer), map_
+    return depth, "E_out" if name == "unembedding" else name
 
 
-def read_csv(path):
-    """[("FILE.csv, line 2", row as text), …] of a file, or of files put one behind the other, each with its head."""
-    with open(path, newline="") as file:
-        rows = enumerate(csv.DictReader(file), 2)
-        return [(f"{path}, line {i}", row) for i, row in rows if row.get("step") != "step"]
+# ------------------------------------------------------------------------------------------------
+# Measuring runs
+
+
+class Measurements:
+    """
+    The rows of a run, {one of FIELDS: text}. train.train calls it before and after each step.
+
+    `run` is the identity of the run that config describes.
+    """
+
+    def __init__(self, config, run, every):
+        self.config = config
+        self.run = run
+        self.every = every
+        self.rows = []
+
+    def __call__(self, step, model):
+        if step == 0:
+            self.initial = copy.deepcopy(model)
+            self.batch = validation_batch(self.config, model.embedding.device)
+        if not self.is_due(step):
+            return
+        maps, loss = measure(model, self.initial, *self.batch)
+        for numbers in maps:
+            row = {name: getattr(self.config, name) for name in FIELDS[:5]}
+            row.update({"step": step, "loss": f"{loss:.6f}", "run": self.run})
+            for name, number in numbers.items():
+                row[name] = f"{number:.5g}" if isinstance(number, float) else number
+            self.rows.append({name: str(row.get(name, "")) for name in FIELDS})
+
+    def is_due(self, step):
+        """Whether to measure: the first powers of two, every so many steps, and the last."""
+        power_of_two = step.bit_count() == 1
+        early = step < self.every and power_of_two
+        return early or step % self.every == 0 or step == self.config.steps
+
+
+def validation_batch(config, device):
+    """(tokens, targets), both (B, T): the first TOKENS of each evaluation of the run."""
+    _, val_tokens, _ = train.open_data(config)
+    starts = train.validation_starts(len(val_tokens), config.seq_len, config.eval_tokens)
+    count = max(1, TOKENS // config.seq_len)
+    return train.sequences(val_tokens, starts[:count], config.seq_len, device)
+
+
+def identity(config):
+    """A name for the run that config describes: 12 hex characters of its options and its text."""
+    _, _, meta = train.open_data(config)
+    options = {name: getattr(config, name) for name in train.mathematics(type(config))}
+    text = repr(options) + fingerprint(meta)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+LISTS = ["parametrization", "width", "seed"]
+
+
+def configs_of(words):
+    """The Config of each run that options of train.py describe. Leaves for an unknown option."""
+    lists = {}
+    others = []
+    for word in words:
+        name, _, text = word.removeprefix("--").partition("=")
+        if name in LISTS:
+            lists[name] = [f"--{name}={value}" for value in text.split(",")]
+        else:
+            others.append(word)
+    configs = []
+    for chosen in itertools.product(*lists.values()):
+        given = train.parse_args([*others, *chosen], plain.Config)
+        config = train.load_config(given, plain.Config)
+        # Only the measurements are kept.
+        configs.append(replace(config, out_dir="", sample_tokens=0, eval_every=config.steps))
+    return configs
+
+
+def check(config):
+    """Raises ValueError if the run that config describes is impossible."""
+    train.check(config)
+    train.apply_table(config, show.COLUMNS)
+    GPTConfig(config.width, config.depth, config.head_dim)
+
+
+def rows_in(path):
+    """The rows {column: text} of a file that this script has written; none if it is missing."""
+    if not Path(path).exists():
+        return []
+    header, lines = show.read_rows(path)
+    if header and "run" not in header:
+        raise ValueError(f"{path} has no column run, by which runs are known; choose another --csv")
+    return [row for _, row in lines]
+
+
+def make_runs(configs, every, path):
+    """Train and measure the runs that the file does not have. Raises ValueError and OSError."""
+    for config in configs:
+        check(config)
+    train.quiet = True
+    for i, config in enumerate(configs):
+        name = f"{config.parametrization}, width {config.width}, seed {config.seed}"
+        run = identity(config)
+        if run in {row["run"] for row in rows_in(path)}:
+            print(f"{i + 1} of {len(configs)}: {name} is there", file=sys.stderr)
+            continue
+        print(f"{i + 1} of {len(configs)}: {name}, {config.steps} steps", file=sys.stderr)
+        measurements = Measurements(config, run, every)
+        build = plain.build if config.parametrization in plain.COLUMNS else train.build
+        outcome = train.train(config, build, after_step=measurements)
+        if outcome["status"] != "finished":
+            raise ValueError(f"{name} has {outcome['status']} at step {outcome['step']}")
+        show.write_rows(path, rows_in(path) + measurements.rows)
+
+
+# ------------------------------------------------------------------------------------------------
+# Measurements of several runs
+
+
+@dataclass
+class Summary:
+    """
+    What the runs of a column say: S steps without step 0, W widths.
+
+    The exponents are the six of show.EXPONENTS: of each, the mean over the maps of a class.
+    The last of S + 1 "steps" is the mean over training, weighted by the decrease of the loss.
+    """
+    widths: list
+    steps: list
+    changes: np.ndarray         # (W, S, 3): those of show.CHANGES, means over seeds
+    powers: np.ndarray          # (S, 3): powers of the width in these changes
+    exponents: np.ndarray       # (seeds, W, S + 1, 6)
+    mean_exponents: tuple       # (mean, half its interval), each (W, 6), over training
+    slopes: np.ndarray          # (seeds, S + 1, 6): over log width, free of constants
+    mean_slopes: tuple          # (mean, half its interval), each (S + 1, 6)
 
 
 def is_hidden(map_):
-    """Whether the linear map is of the class "hidden": "blocks.0.W_q" is, and whatever parametrize.py says is."""
-    return re.fullmatch(TENSOR_CLASSES["hidden"] + r"|blocks\.\d+\.W_\w+", map_) is not None
+    """Whether a linear map, such as blocks.0.W_q, is of the tensor class hidden."""
+    return map_.split(".")[-1] in TENSOR_CLASSES["hidden"]
 
 
 def slope(widths, values, axis=0):
-    """Least-squares slope over the logarithm of the widths, which lie along an axis of values; nan for one width."""
+    """Least-squares slope of values over log width, which is along an axis; nan for one width."""
     x = np.log(widths) - np.mean(np.log(widths))
     return np.tensordot(x, values, (0, axis)) / (x @ x or math.nan)
 
@@ -143,88 +319,179 @@ def slope(widths, values, axis=0):
 def estimate(values):
     """(mean, half its 95 % interval) over seeds of values (seeds, …); half is nan for one seed."""
     seeds = len(values)
-    half = student(seeds - 1) * values.std(0, ddof=1) / math.sqrt(seeds) if seeds > 1 else math.nan * values[0]
-    return values.mean(0), half
+    if seeds == 1:
+        return values[0], np.full_like(values[0], math.nan)
+    half = student(seeds - 1) * values.std(axis=0, ddof=1) / math.sqrt(seeds)
+    return values.mean(axis=0), half
 
 
 def summarize(numbers, maps, widths, steps):
-    """A namespace of numbers (seeds, W widths, S + 1 steps, maps, NUMBERS), with step 0 left out:
-    changes (W, S, 3) as in show.CHANGES, means over seeds, and powers (S, 3) of the width in these changes;
-    exponents (seeds, W, S + 1, 6) as in show.EXPONENTS, means over a class's maps, and slopes (seeds, S + 1, 6) of
-    log [RMS(W x) / (RMS(W) RMS(x))] over log width. The last of S + 1 is the mean, weighted by the loss's decrease."""
-    hidden, output, logits = (numbers[:, :, 1:, list(map(which, maps))]
-                              for which in (is_hidden, "E_out".__eq__, "logits".__eq__))
-    log_d_in = [np.log(of[..., 1:2]) for of in (hidden, output)]
-    logs = np.concatenate([(of[..., 2:5] * log_d).mean(3) for of, log_d in zip((hidden, output), log_d_in)], axis=-1)
-    decrease = -np.diff(numbers[..., 0, 0])[..., None]
-    logs = np.concatenate((logs, (decrease * logs).sum(2, keepdims=True) / decrease.sum(2, keepdims=True)), axis=2)
-    exponents = logs / np.concatenate([log_d[:, :, :1].mean(3).repeat(3, axis=-1) for log_d in log_d_in], axis=-1)
-    root, slopes = np.sqrt(widths)[:, None], slope(widths, logs, axis=1)
-    dW, dh, dz = hidden[..., 5].mean((0, 3)), output[..., 6].mean((0, 3)), logits[..., 7].mean((0, 3))
+    """The Summary of {one of NUMBERS: array (seeds, W, S + 1, maps)}, whose first step is 0."""
+    later = {name: values[:, :, 1:] for name, values in numbers.items()}
+    hidden = [is_hidden(map_) for map_ in maps]
+    output = [map_ == "E_out" for map_ in maps]
+    logits = [map_ == "logits" for map_ in maps]
+
+    # log [RMS(W x) / (RMS(W) RMS(x))] is what a slope over widths is taken of. An exponent is this
+    # logarithm over that of d_in.
+    logs = []
+    logs_d_in = []
+    for of_class in (hidden, output):
+        log_d_in = np.log(later["d_in"][..., of_class])
+        for name in EXPONENTS:
+            logs.append((later[name][..., of_class] * log_d_in).mean(axis=3))
+            logs_d_in.append(log_d_in.mean(axis=3))
+    logs = np.stack(logs, axis=-1)                                  # (seeds, W, S, 6)
+    log_d_in = np.stack(logs_d_in, axis=-1)[:, :, :1]               # (seeds, W, 1, 6)
+    loss = numbers["loss"][..., 0]
+    decrease = -np.diff(loss)[..., None]                            # (seeds, W, S, 1)
+    weighted = (decrease * logs).sum(axis=2) / decrease.sum(axis=2)
+    logs = np.concatenate((logs, weighted[:, :, None]), axis=2)     # (seeds, W, S + 1, 6)
+    exponents = logs / log_d_in
+    slopes = slope(widths, logs, axis=1)
+
+    # Weights and hidden states are unit vectors, whose RMS is width^-1/2.
+    root = np.sqrt(widths)[:, None]
+    dW = later["rms_dW"][..., hidden].mean(axis=(0, 3))             # (W, S)
+    dh = later["rms_dx"][..., output].mean(axis=(0, 3))
+    dz = later["rms_dy"][..., logits].mean(axis=(0, 3))
     changes = np.stack((root * dW, root * dh, dz), axis=-1)
-    return SimpleNamespace(widths=widths, steps=steps, changes=changes, powers=slope(widths, np.log(changes)),
-                           exponents=exponents, mean_exponents=estimate(exponents[:, :, -1]),
-                           slopes=slopes, mean_slopes=estimate(slopes))
+    return Summary(
+        widths=widths,
+        steps=steps,
+        changes=changes,
+        powers=slope(widths, np.log(changes)),
+        exponents=exponents,
+        mean_exponents=estimate(exponents[:, :, -1]),
+        slopes=slopes,
+        mean_slopes=estimate(slopes),
+    )
 
 
-def read_runs(rows):
-    """{column: summary} of [(where, row as text)], of the steps that all runs have and the seeds that all widths have.
-    Raises ValueError for a cell that is no number, a run given twice, and runs that do not go together."""
-    runs, shapes, columns = {}, set(), {}
-    for where, row in rows:
-        try:
-            run, step = (row["parametrization"], int(row["width"]), int(row["seed"])), int(row["step"])
-            numbers, layer = [float(row[key] or "nan") for key in NUMBERS], row["layer"]
-            map_ = row["map"] if layer == row["depth"] else f"blocks.{layer}.{row['map']}"
-            shapes.add((row["depth"], row["steps"]))
+def read_measurements(paths):
+    """
+    {(column, width, seed): {step: {map: {one of NUMBERS: number}}}} of .csv files.
+
+    A file may be several put one behind the other, each with its head. Raises OSError, and
+    ValueError for a cell that is no number and for a run that is there twice.
+    """
+    runs = {}
+    shapes = set()
+    for path in paths:
+        header, rows = show.read_rows(path)
+        for name in [*WHICH, *NUMBERS]:
+            if name not in header:
+                raise ValueError(f"{path} has no column {name}, which results/alignment.py writes")
+        for line, row in rows:
+            if row["step"] == "step":
+                continue
+            where = f"{path}, line {line}"
+            try:
+                run = (row["parametrization"], int(row["width"]), int(row["seed"]))
+                step = int(row["step"])
+                numbers = {name: float(row[name] or "nan") for name in NUMBERS}
+            except ValueError as error:
+                raise ValueError(f"{where} is not as results/alignment.py --csv writes it "
+                                 f"({error})") from None
+            in_block = row["layer"] != row["depth"]
+            map_ = f"blocks.{row['layer']}.{row['map']}" if in_block else row["map"]
             maps = runs.setdefault(run, {}).setdefault(step, {})
+            shapes.add((row["depth"], row["steps"]))
             if map_ in maps or len(shapes) > 1:
-                raise ValueError(f"width {run[1]}, seed {run[2]} is there twice, or with another depth or length")
+                raise ValueError(f"{where}: width {run[1]}, seed {run[2]} is there twice, "
+                                 "or with another depth or length")
             maps[map_] = numbers
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{where} is not as results/alignment.py --csv writes it ({error})") from None
-    steps = sorted(set.intersection(*map(set, runs.values()))) if runs else []
+    return runs
+
+
+def summarize_columns(runs):
+    """
+    {column: Summary} of read_measurements' runs.
+
+    It has the steps that all runs have, and the seeds that all widths of a column have. Raises
+    ValueError if there are none.
+    """
+    steps = sorted(set.intersection(*(set(run) for run in runs.values()))) if runs else []
     if len(steps) < 2 or steps[0] != 0:
-        raise ValueError(f"the runs must have step 0 and a later one in common, but have only {steps}")
-    names = dict.fromkeys(name for name, _, _ in runs)
-    for name in sorted(names, key=[*COLUMNS, *names].index):
-        widths = sorted({width for column, width, _ in runs if column == name})
-        seeds = [seed for seed in sorted({run[2] for run in runs}) if all((name, d, seed) in runs for d in widths)]
+        raise ValueError("the runs must have step 0 and a later one in common, "
+                         f"but have only {steps}")
+    columns = {}
+    for column in show.in_order(name for name, _, _ in runs):
+        widths = sorted({width for name, width, _ in runs if name == column})
+        seeds = []
+        for seed in sorted({seed for _, _, seed in runs}):
+            if all((column, width, seed) in runs for width in widths):
+                seeds.append(seed)
         if not seeds:
-            raise ValueError(f"the widths of {name} have no seed in common")
-        numbers = [[[[*runs[name, d, seed][step].values()] for step in steps] for d in widths] for seed in seeds]
-        columns[name] = summarize(np.array(numbers), [*runs[name, widths[0], seeds[0]][0]], widths, steps[1:])
+            raise ValueError(f"the widths of {column} have no seed in common")
+        maps = list(runs[column, widths[0], seeds[0]][0])
+        shape = (len(seeds), len(widths), len(steps), len(maps))
+        numbers = {name: np.empty(shape) for name in NUMBERS}
+        for place in np.ndindex(shape):
+            seed = seeds[place[0]]
+            width = widths[place[1]]
+            step = steps[place[2]]
+            map_ = maps[place[3]]
+            measured = runs[column, width, seed][step].get(map_)
+            if measured is None:
+                raise ValueError(f"{column}, width {width}, seed {seed} has no {map_} "
+                                 f"at step {step}")
+            for name in NUMBERS:
+                numbers[name][place] = measured[name]
+        columns[column] = summarize(numbers, maps, widths, steps[1:])
     return columns
 
 
+# ------------------------------------------------------------------------------------------------
+# Command line
+
+
+def parse_args():
+    """(options of this script, options of train.py)."""
+    parser = show.ArgumentParser("alignment.py", __doc__)
+    parser.add_argument("sources", nargs="*", metavar="FILE.csv", type=expanduser,
+                        help="measurements made before")
+    parser.add_argument("--csv", metavar="FILE.csv", type=expanduser,
+                        help="where measurements go; runs that it has are not made again")
+    parser.add_argument("--every", metavar="STEPS", type=int, default=20,
+                        help="steps between measurements (default: 20)")
+    parser.add_argument("--plot", metavar="FILE.png", type=expanduser, help="draw a picture, too")
+    args, options = parser.parse_known_args()
+    if args.sources and (options or args.csv):
+        parser.error("--csv and options of train.py are for runs to make, not for .csv files")
+    if not args.sources and not args.csv:
+        parser.error("give .csv files, or options of train.py with --csv=FILE.csv")
+    if args.every < 1:
+        parser.error(f"--every must be at least 1, not {args.every}")
+    return args, options
+
+
+def report(paths, plot):
+    """Print what measurements say, and draw it if asked. Raises ValueError and OSError."""
+    columns = summarize_columns(read_measurements(paths))
+    if len(columns) > 1:
+        print(show.report_coordinates(columns))
+        if plot:
+            show.draw_coordinates(columns, plot)
+        return
+    column, summary = columns.popitem()
+    print(show.report_alignment(column, summary))
+    if len(summary.widths) > 1:
+        print(show.report_coordinates({column: summary}))
+    if plot:
+        show.draw_alignment(column, summary, plot)
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: sys.exit(f"alignment.py: {message} (see --help)")
-    parser.add_argument("sources", nargs="+", metavar="OUT_DIR or FILE.csv", help="runs, or measurements of runs")
-    parser.add_argument("--csv", metavar="FILE.csv", help="write the measurements")
-    parser.add_argument("--plot", metavar="FILE.png", help="draw the picture")
-    args, rows = parser.parse_args(), []
+    args, options = parse_args()
     try:
-        for source in args.sources:
-            rows += read_csv(source) if source.endswith(".csv") else measure_run(source)
-        columns = read_runs(rows)
-        if args.csv:
-            with open(args.csv, "w", newline="") as file:
-                writer = csv.DictWriter(file, FIELDS)
-                writer.writeheader()
-                writer.writerows(row for _, row in rows)
-        (name, runs), *others = columns.items()
-        if not others:
-            print(show.report_alignment(name, runs))
-        if others or len(runs.widths) > 1:
-            print(show.report_coordinates(columns))
-        if args.plot and others:
-            show.draw_coordinates(columns, args.plot)
-        elif args.plot:
-            show.draw_alignment(name, runs, args.plot)
-    except (ValueError, OSError, csv.Error) as error:
+        if not args.sources:
+            make_runs(configs_of(options), args.every, args.csv)
+        report(args.sources or [args.csv], args.plot)
+    except (ValueError, OSError) as error:
         sys.exit(f"alignment.py: {error}")
 
 
 if __name__ == "__main__":
+    show.prepare_terminal()
     main()

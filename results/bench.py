@@ -1,84 +1,227 @@
-"""Times a training step of the normalized Transformer beside one of the plain GPT of the same shape, taking turns.
+"""
+The time of a training step: the normalized Transformer beside a plain GPT of the same shape.
 
-    python results/bench.py --width=1024 [any option of train.py]
+    python results/bench.py --width=1024 --depth=10                 any option of train.py
+    python results/bench.py --base=results/laptop.json --csv=bench.csv      adds a row to the file
 
-A step is one micro-batch of random tokens. Times are medians; MFU is relative to the rate of a large matrix product."""
-import statistics, sys, time
+A step is one micro-batch of random tokens. The two models take turns; times are medians. MFU is
+relative to the rate of a large matrix product, which takes turns with them.
+"""
+import statistics
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from dataclasses import field
 from dataclasses import replace
+from os.path import expanduser
 from pathlib import Path
+from typing import Callable
 
 import torch
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import plain
+import show
 import train
 
-TURNS, CALLS, LARGE_STEP = 10, 4, 2 ** 19       # turns; calls between two synchronizations; tokens of a large step
+TURNS = 10
+CALLS = 4                   # of a function between two synchronizations
+LARGE_STEP = 2 ** 19        # tokens of a step as large runs take it
 
-def seconds(function, device):
-    """Seconds a call, from CALLS calls between two synchronizations, after one that is not timed."""
-    for calls in (1, CALLS):
-        start = time.perf_counter()
-        for _ in range(calls):
-            function()
-        getattr(torch, device.type).synchronize()
-    return (time.perf_counter() - start) / CALLS
 
-def contestant(config, tokens, device, autocast):
-    """(forward with backward, and update, as functions to time; FLOPs of a step; memory as text) of a model."""
-    before = torch.cuda.memory_allocated()      # 0 without a GPU
-    model, optimizer = train.build(config, device)
+@dataclass
+class Contestant:
+    """A model, what is timed of it, and the times, in seconds."""
+    name: str
+    forward_backward: Callable
+    update: Callable
+    flops: int              # of a step
+    memory: str             # what the model needs, in words
+    forward_backward_times: list = field(default_factory=list)
+    update_times: list = field(default_factory=list)
+    product_times: list = field(default_factory=list)
+
+
+def make_contestant(name, build, config, tokens, device, autocast):
+    """The Contestant of a model. Raises ValueError for impossible sizes."""
+    memory_before = torch.cuda.memory_allocated()       # 0 without a GPU
+    model, optimizer = build(config, device)
     forward, normalize_weights = train.maybe_compile(model, config)
+
     def forward_backward():
         optimizer.zero_grad(set_to_none=True)
         with autocast:
-            loss = forward(tokens, tokens)[1]
+            _, loss = forward(tokens, tokens)
         loss.backward()
+
     def update():
         optimizer.step()
         normalize_weights()
+
     if device.type == "cuda":
         forward_backward()
         update()
-        memory = f"peak memory {(torch.cuda.max_memory_allocated() - before) / 2 ** 30:.2f} GiB"
+        peak = torch.cuda.max_memory_allocated() - memory_before
         torch.cuda.reset_peak_memory_stats()
-    else:       # what a second batch adds, so that weights do not count; a storage that is kept twice counts once
-        block, sizes = torch.compile(model.blocks[0], dynamic=False, disable=not config.compile), []
-        for batches in (1, 2):
-            kept, h = [], model.embedding[tokens].repeat(batches, 1, 1)
-            with autocast, torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-                block(h, model.rope)
-            sizes.append(sum({s.data_ptr(): s.nbytes() for s in map(torch.Tensor.untyped_storage, kept)}.values()))
-        kept = (sizes[1] - sizes[0]) / tokens.numel() / config.width
+        memory = f"peak memory {peak / 2 ** 30:.2f} GiB"
+    else:
+        compiled = forward is not model
+        kept = kept_for_backward(model, tokens, autocast, compiled)
         memory = f"{kept:.1f}·d bytes a token and block kept for backward"
-    return forward_backward, update, model.flops_per_token() * tokens.numel(), memory
+    flops = model.flops_per_token() * tokens.numel()
+    return Contestant(name, forward_backward, update, flops, memory)
+
+
+def kept_for_backward(model, tokens, autocast, compiled):
+    """Bytes that a block keeps for its backward, per token and channel."""
+    block = model.blocks[0]
+    if compiled:
+        block = torch.compile(block, dynamic=False)
+    sizes = []
+    for batches in (1, 2):
+        kept = []
+
+        def keep(tensor):
+            kept.append(tensor)
+            return tensor
+
+        h = model.embedding[tokens].repeat(batches, 1, 1)
+        with autocast, torch.autograd.graph.saved_tensors_hooks(keep, unchanged):
+            block(h, model.cos_sin)
+        # A storage that is kept twice takes its memory once.
+        storages = {}
+        for tensor in kept:
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+        sizes.append(sum(storages.values()))
+    # What a second batch adds: weights do not count.
+    return (sizes[1] - sizes[0]) / tokens.numel() / model.config.width
+
+
+def unchanged(tensor):
+    return tensor
+
+
+def seconds(function, device):
+    """Seconds a call, after one call that is not timed."""
+    function()
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(CALLS):
+        function()
+    synchronize(device)
+    return (time.perf_counter() - start) / CALLS
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def race(names, config, tokens, product, device, autocast):
+    """The Contestants of these names, with their times of TURNS turns."""
+    contestants = []
+    for name in names:
+        if name == "plain":
+            plain_config = replace(config, parametrization="gpt_sp")
+            model = make_contestant(name, plain.build, plain_config, tokens, device, autocast)
+        else:
+            model = make_contestant(name, train.build, config, tokens, device, autocast)
+        contestants.append(model)
+    for _ in range(TURNS):
+        for model in contestants:
+            model.forward_backward_times.append(seconds(model.forward_backward, device))
+            model.update_times.append(seconds(model.update, device))
+            model.product_times.append(seconds(product, device))
+    return contestants
+
+
+def race_as_memory_allows(config, tokens, product, device, autocast):
+    """The two Contestants with their times."""
+    with suppress(torch.OutOfMemoryError):
+        return race(["normalized", "plain"], config, tokens, product, device, autocast)
+    print("both models do not fit in memory together: one after the other, which makes the ratio "
+          "less exact")
+    contestants = []
+    for name in ("normalized", "plain"):
+        contestants += race([name], config, tokens, product, device, autocast)
+    return contestants
+
+
+def step_seconds(contestant, micro_batches=1):
+    """Seconds of a step of so many micro-batches."""
+    forward_backward = statistics.median(contestant.forward_backward_times)
+    return micro_batches * forward_backward + statistics.median(contestant.update_times)
+
+
+def report(contestants, config, tokens, size):
+    """Print the times. `size` is that of the square matrices multiplied."""
+    products = [statistics.median(model.product_times) for model in contestants]
+    peak = 2 * size ** 3 / statistics.median(products)      # FLOP/s
+    for model in contestants:
+        step = step_seconds(model)
+        update = statistics.median(model.update_times)
+        print(f"{model.name:>10}: step {1e3 * step:.2f} ms, "
+              f"of which the update {1e3 * update:.2f}; {tokens / step:,.0f} tokens/s, "
+              f"MFU {model.flops / step / peak:.1%} of {peak / 1e12:.3f} TFLOP/s, {config.dtype}; "
+              f"{model.memory}")
+    for step_tokens in (tokens, LARGE_STEP):
+        ratio = ratio_of(contestants, step_tokens / tokens)
+        print(f"ratio normalized/plain: {ratio:.3f} for a step of {step_tokens:,} tokens")
+
+
+def ratio_of(contestants, micro_batches):
+    normalized, opponent = contestants
+    return step_seconds(normalized, micro_batches) / step_seconds(opponent, micro_batches)
+
+
+def add_row(path, contestants, config, tokens):
+    """Add what was measured to a .csv file. Raises OSError, and ValueError for another table."""
+    row = {}
+    for name in ("width", "depth", "head_dim", "seq_len", "vocab_size", "dtype"):
+        row[name] = str(getattr(config, name))
+    row["tokens"] = str(tokens)
+    for model in contestants:
+        row[f"{model.name}_ms"] = f"{1e3 * step_seconds(model):.2f}"
+    row["ratio"] = f"{ratio_of(contestants, 1):.3f}"
+    row["ratio_half_million_tokens"] = f"{ratio_of(contestants, LARGE_STEP / tokens):.3f}"
+
+    rows = []
+    if Path(path).exists():
+        header, lines = show.read_rows(path)
+        if header and set(header) != set(row):
+            raise ValueError(f"{path} has other columns; choose another --csv")
+        rows = [before for _, before in lines]
+    show.write_rows(path, [*rows, row])
+
 
 def main():
-    config = train.Config(**{"vocab_size": 50304, **train.parse_args(sys.argv[1:])[0]})
-    train.check(config)
-    device, autocast = train.open_device(config)
-    shape = min(config.micro_batch_size or config.batch_size, config.batch_size), config.seq_len
-    tokens, n = torch.randint(config.vocab_size, shape, device=device), 8192 if device.type == "cuda" else 2048
-    a = torch.randn(n, n, device=device, dtype=getattr(torch, config.dtype))
-    def race(*names):       # a result a model: seconds of its two functions and of the product, FLOPs, memory
-        models = [contestant(replace(config, parametrization=name), tokens, device, autocast) for name in names]
-        turns = [[[seconds(part, device) for part in (*model[:2], lambda: a @ a)] for model in models]
-                 for _ in range(TURNS)]
-        return [(*map(statistics.median, zip(*times)), *model[2:]) for times, model in zip(zip(*turns), models)]
-    results, names = [], (config.parametrization, "gpt_sp")
+    parser = show.ArgumentParser("bench.py", __doc__)
+    parser.add_argument("--csv", metavar="FILE.csv", type=expanduser,
+                        help="add a row to this file")
+    args, options = parser.parse_known_args()
     try:
-        results = race(*names)
-    except ValueError as error:
+        given = train.parse_args(options, plain.Config)
+        config = train.load_config({"vocab_size": 50304, **given}, plain.Config)
+        train.check(config)
+        device, autocast = train.open_device(config)
+        micro = min(config.micro_batch_size or config.batch_size, config.batch_size)
+        tokens = torch.randint(config.vocab_size, (micro, config.seq_len), device=device)
+        size = 8192 if device.type == "cuda" else 2048
+        matrix = torch.randn(size, size, device=device, dtype=getattr(torch, config.dtype))
+
+        def product():
+            return matrix @ matrix
+
+        contestants = race_as_memory_allows(config, tokens, product, device, autocast)
+        report(contestants, config, tokens.numel(), size)
+        if args.csv:
+            add_row(args.csv, contestants, config, tokens.numel())
+    except (ValueError, OSError) as error:
         sys.exit(f"bench.py: {error}")
-    except torch.OutOfMemoryError:      # its memory is free behind this clause
-        print("both models do not fit in memory together: one after the other, which makes the ratio less exact")
-    results = results or [race(name)[0] for name in names]
-    peak = 2 * n ** 3 / statistics.median(result[2] for result in results)      # FLOP/s
-    for name, (forward_backward, update, _, flops, memory) in zip(("normalized", "plain"), results):
-        step, rate = forward_backward + update, tokens.numel() / (forward_backward + update)
-        print(f"{name:>10}: step {1e3 * step:.2f} ms, of which the update {1e3 * update:.2f}; {rate:,.0f} tokens/s, "
-              f"MFU {flops / step / peak:.1%} of {peak / 1e12:.3f} TFLOP/s, {config.dtype}; {memory}")
-    for size in (tokens.numel(), LARGE_STEP):
-        normalized, plain = (result[0] * size / tokens.numel() + result[1] for result in results)
-        print(f"ratio normalized/plain: {normalized / plain:.3f} for a step of {size:,} tokens")
+
 
 if __name__ == "__main__":
+    show.prepare_terminal()
     main()

@@ -1,291 +1,734 @@
 """
-The verdict on a results table of train.py: does the best learning rate η stay where it is as models grow?
+The verdict on a results table: does the best learning rate η stay where it is as models grow?
 
     python results/verdict.py results/width_1600.csv --plot=picture.png
 
-A table of one column and size with many values of the learning rate and other hyperparameters is a random search. Its
-verdict is the best runs, the ranges that were too narrow, and the options to paste.
+results/sweep.py makes such a table, a row a run. If all runs are of one size, and several
+hyperparameters have many values, then the table is a random search. Its verdict is the best
+settings, as options to paste, and the ranges that were too narrow.
+
+In this file a *column* is a parametrization, as in parametrize.py or results/plain.py.
+A *curve* is the loss of one column at one size against log2 η. *Drift* is how far the best η moves
+when the size doubles, in octaves. *Regret* is what the smallest size's best η costs a larger model.
 """
-import argparse
-import csv
 import functools
 import math
+import re
 import statistics
 import sys
+from dataclasses import dataclass
+from dataclasses import fields
+from os.path import expanduser
 from pathlib import Path
-from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import parametrize as rules
+import parametrize
+import plain
 import show
-from train import MATHEMATICS, Config
+import train
+from parametrize import TENSOR_CLASSES
+from show import COLUMNS
+
+# plain.Config is train.Config with the plain GPT's own option.
+DEFAULTS = plain.Config()
+OPTION_TYPES = {option.name: option.type for option in fields(plain.Config)}
+OPTIONS = train.mathematics(plain.Config)       # these make a run, with the data
 
 AXES = ["width", "depth", "steps", "batch_size"]
-SIZES = [*AXES[:3], "base_width", "base_depth", "base_steps", "batch_size", "base_batch_size"]     # as parametrize's
-MULTS = [f"{tensors}_lr_mult" for tensors in rules.TENSOR_CLASSES]
-VARYING = ["parametrization", *AXES, "learning_rate", "seed", "dtype"]      # within a sweep
-RECIPE = ["warmup_steps", "weight_decay", "beta1", "beta2", "eps", *MULTS]     # as columns and sizes want
-SEARCHED = ["learning_rate", "alpha_init", *MULTS, "weight_decay", "warmup_steps"]
+SIZES = [*AXES, *(f"base_{axis}" for axis in AXES)]
+CLASSES = [tensors for tensors in TENSOR_CLASSES if f"{tensors}_lr_mult" in OPTION_TYPES]
+MULTS = [f"{tensors}_lr_mult" for tensors in CLASSES]
 
-parametrize = functools.cache(rules.parametrize)
+# These vary within a sweep.
+VARYING = ["parametrization", *AXES, "learning_rate", "seed", "dtype"]
+# These are as a column wants them at a number of steps and a batch size.
+RECIPE = ["warmup_steps", "weight_decay", "beta1", "beta2", "eps", *MULTS, "embedding_std"]
+# These a random search may vary.
+SEARCHED = ["learning_rate", "alpha_init", *MULTS, "weight_decay", "warmup_steps", "embedding_std"]
+
+
+# ------------------------------------------------------------------------------------------------
+# Reading a results table
+
+CORE = ["parametrization", *AXES, "learning_rate", "seed", "val_loss", "status"]
+POSITIVE = [*SIZES, "learning_rate"]
+WHOLE_OUTCOMES = ["step", "tokens", "parameters"]
+NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
 def read_results(path):
-    """The runs of a results table, as dicts of options and outcome; val_loss in nats a token, inf: diverged. A missing
-    column is the option's default. Of equal runs the last row counts. Raises ValueError and OSError."""
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
+    """
+    The runs of a results table, a list of {option or outcome: value}. Values have Config's types.
+
+    A missing option has Config's default, a missing outcome is None. val_loss is inf where a run
+    diverged. Of equal runs the last row counts. The list is empty if the table has no rows. Raises
+    OSError, and ValueError for what cannot be read.
+    """
+    header, rows = show.read_rows(path)
+    if header:
+        check_header(path, header)
     runs = {}
-    for line, row in enumerate(rows, 2):
-        run = {key: str(cell) for key, cell in {**vars(Config()), **row}.items()}
-        if run.get("status") == "diverged":
-            run["val_loss"] = "inf"
-        for key in (*SIZES, *SEARCHED, "seed", "parameters", "val_loss"):
-            try:
-                run[key] = float(run[key])
-            except (KeyError, ValueError):
-                run[key] = math.nan
-            if math.isnan(run[key]) or run[key] <= 0 and key in (*SIZES, "learning_rate"):
-                raise ValueError(f"{path}, line {line} is no run of train.py: {key} is {row.get(key)!r}")
-        runs[tuple(run[key] for key in MATHEMATICS)] = run
-    if not runs:
-        raise ValueError(f"{path} has no rows")
+    for line, row in rows:
+        run = read_run(f"{path}, line {line}", row)
+        identity = tuple(run[key] for key in [*OPTIONS, "data_fingerprint"])
+        runs[identity] = run
     return list(runs.values())
 
 
-def check_one_sweep(runs, may_differ):
-    """Raises ValueError if runs differ in other options, or runs of one column and size in their recipe."""
-    for key in [key for key in MATHEMATICS if key not in (*VARYING, *may_differ)]:
-        values = {}
-        for run in runs:
-            size = (run["parametrization"], run["steps"], run["batch_size"]) if key in RECIPE else ()
-            if values.setdefault(size, run[key]) != run[key]:
-                where = f" in {size[0]}'s runs of {size[1]:g} steps" if size else ""
-                raise ValueError(f"{key} is {values[size]} and {run[key]}{where}; give each its own file")
+def check_header(path, header):
+    """Raises ValueError for an unknown column, and if one is missing that every run needs."""
+    known = {*OPTION_TYPES, *train.OUTCOME, "data_fingerprint"}
+    for name in header:
+        if name not in known:
+            raise ValueError(f"{path}, line 1: column {name!r} is neither an option of train.py "
+                             "nor an outcome")
+    for name in CORE:
+        if name not in header:
+            raise ValueError(f"{path}, line 1: there is no column {name!r}, which every results "
+                             "table has")
 
 
-def losses(points):
-    """(seeds, x, loss (seeds, x), loss at the seeds' common level) of {(x, seed): run}. nan: not run, inf: diverged."""
-    seeds, x = sorted({seed for _, seed in points}), np.array(sorted({x for x, _ in points}))
-    loss = np.array([[points.get((a, seed), {}).get("val_loss", math.nan) for a in x] for seed in seeds])
-    # Seeds differ mostly by a shift. Each is moved to the common level, lest an x that only some have run be misplaced.
-    shared = np.isfinite(loss).all(0)
-    level = loss[:, shared].mean(1, keepdims=True) if shared.any() else np.zeros((1, 1))
-    return seeds, x, loss, loss - level + level.mean()
+def read_run(where, row):
+    """The run of a row {column: text}. Raises ValueError, which begins with `where`."""
+    run = dict(vars(DEFAULTS))
+    run.update(dict.fromkeys(train.OUTCOME))
+    run.update({"data_fingerprint": ""})
+    for name, cell in row.items():
+        try:
+            run[name] = read_cell(name, cell)
+        except ValueError as error:
+            raise ValueError(f"{where}, column {name}: {error}") from None
+
+    for name in POSITIVE:
+        if run[name] <= 0:
+            raise ValueError(f"{where}, column {name}: must be more than 0, not {run[name]}")
+    for name in MULTS:
+        if run[name] < 0:
+            raise ValueError(f"{where}, column {name}: must be at least 0, not {run[name]}")
+    if run["status"] not in ("finished", "diverged"):
+        raise ValueError(f"{where}, column status: must be finished or diverged, "
+                         f"not {run['status']!r}")
+    if run["status"] == "diverged":
+        run["val_loss"] = math.inf
+    if run["val_loss"] is None:
+        raise ValueError(f"{where}, column val_loss: a finished run must have a loss")
+    # A table older than fingerprints knows its text by the folder.
+    if not run["data_fingerprint"]:
+        run["data_fingerprint"] = run["data"]
+    return run
+
+
+def read_cell(name, cell):
+    """The value of a cell in the column `name`. Raises ValueError if it has none."""
+    if name in OPTION_TYPES:
+        return read_value(cell, OPTION_TYPES[name])
+    if name in ("status", "data_fingerprint"):
+        return cell
+    # The plain GPT has no α, and a diverged run no loss.
+    if cell.strip().lower() in ("", "nan", "inf", "-inf"):
+        return None
+    return read_value(cell, int if name in WHOLE_OUTCOMES else float)
+
+
+def read_value(cell, kind):
+    """The str, bool, int or float in a cell, as a spreadsheet may spell it. Raises ValueError."""
+    if kind is str:
+        return cell
+    text = cell.strip()
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise ValueError(f"{cell!r} is neither True nor False")
+        return text.lower() == "true"
+    if not NUMBER.fullmatch(text):
+        raise ValueError(f"{cell!r} is no number, as 1234.5 and 1e-16 are")
+    number = float(text)
+    if abs(number) > 1e18:
+        raise ValueError(f"{cell!r} is too large")
+    if kind is float:
+        return number
+    if number != int(number):
+        raise ValueError(f"{cell!r} is no whole number")
+    return int(text) if text.isdecimal() else int(number)       # float would round a long seed
+
+
+# ------------------------------------------------------------------------------------------------
+# What a column makes of a run
+
+
+@functools.cache
+def rates_of(column, alpha_init, sizes, constants):
+    """parametrize.parametrize's pair (initial, lr_scale), from tuples of SIZES and of MULTS."""
+    rule = plain.parametrize if column in plain.COLUMNS else parametrize.parametrize
+    return rule(
+        column,
+        alpha_init=alpha_init,
+        constants=dict(zip(CLASSES, constants)),
+        **dict(zip(SIZES, sizes)),
+    )
+
+
+def rates_for(run, column):
+    """(initial, lr_scale) that a column gives a run's model. Raises ValueError if it is unknown."""
+    sizes = tuple(run[key] for key in SIZES)
+    constants = tuple(run[key] for key in MULTS)
+    return rates_of(column, run["alpha_init"], sizes, constants)
+
+
+def factor_on_eta(run, column):
+    """
+    The η with which a column makes the same run, over the run's own η; 0 if no η does that.
+
+    At the base size all columns are one model: 1. At the base width and depth columns differ by the
+    powers of m_t and m_b alone, which multiply every class's rate.
+    """
+    initial, scale = rates_for(run, run["parametrization"])
+    wanted_initial, wanted_scale = rates_for(run, column)
+    if initial != wanted_initial:
+        return 0
+    factor = sum(scale.values()) / sum(wanted_scale.values())
+    for tensors in scale:
+        if not math.isclose(scale[tensors], factor * wanted_scale[tensors]):
+            return 0
+    return round(factor, 9)
+
+
+# ------------------------------------------------------------------------------------------------
+# Curves
+
+
+@dataclass
+class Curve:
+    """The loss of one column and size against x = log2 of η, or of a class's multiplier."""
+    seeds: list
+    x: np.ndarray               # (X,): the grid, ascending
+    loss: np.ndarray            # (seeds, X): nan where nothing ran, inf where it diverged
+    mean: np.ndarray            # (X,): over seeds at their common level
+    best: int                   # where `mean` is lowest
+    radius: int                 # how many points on each side of the best are fitted, 2 at most
+    add: list                   # x that are yet to run
+    alpha: float                # mean |α| at the end, at the best x; nan for the plain GPT
+    own: bool                   # whether the column itself ran, or only others that are the same
+
+    # found by judge_column
+    optimum: float = math.nan       # the best x by the fit
+    bottom: float = math.nan        # the loss there
+    grid: str = ""                  # whether the grid was wide enough, in words
+    regret: float | None = None     # None: not known
+    bound: bool = False             # whether the regret is a lower bound
+
+    @property
+    def window(self):
+        """The points to fit, a slice."""
+        return slice(self.best - self.radius, self.best + self.radius + 1)
+
+    @property
+    def complete(self):
+        """The seeds that ran the whole window and did not diverge there."""
+        finite = np.isfinite(self.loss[:, self.window]).all(axis=1)
+        return [seed for seed, is_complete in zip(self.seeds, finite) if is_complete]
+
+
+def loss_table(points):
+    """(seeds, x, losses (seeds, x)) of {(x, seed): run}. nan: nothing ran, inf: it diverged."""
+    seeds = sorted({seed for _, seed in points})
+    x = sorted({place for place, _ in points})
+    loss = np.full((len(seeds), len(x)), math.nan)
+    for (place, seed), run in points.items():
+        loss[seeds.index(seed), x.index(place)] = run["val_loss"]
+    return seeds, np.array(x), loss
+
+
+def at_common_level(loss):
+    """
+    Losses (seeds, x), with each seed moved to the mean level of all.
+
+    Seeds differ mostly by a shift. Unmoved, an x that only good seeds have run would look good.
+    """
+    shared = np.isfinite(loss).all(axis=0)
+    if not shared.any():
+        return loss
+    level = loss[:, shared].mean(axis=1, keepdims=True)
+    return loss - level + level.mean()
 
 
 def make_curve(points, own):
-    """
-    Loss against x = log2 of η, or of a multiplier, from {(x, seed): run}. A namespace:
-    seeds, x, loss (seeds, x), mean (x,); best: index of the lowest mean; window: slice of points to fit; radius: how
-    many on each side of the best; complete: seeds that ran the window; add: x to run; alpha: mean |α| at the best; own.
-    """
-    seeds, x, loss, leveled = losses(points)
-    mean = np.nanmean(leveled, axis=0)
+    """The Curve through {(x, seed): run}."""
+    seeds, x, loss = loss_table(points)
+    mean = np.nanmean(at_common_level(loss), axis=0)
     best = int(mean.argmin())
-    # Five points, as many left as right of the best: three, or one, if others are missing or diverged.
-    radius, near = min(2, best, len(x) - 1 - best), slice(max(best - 2, 0), best + 3)
-    while not np.isfinite(mean[best - radius:best + radius + 1]).all() and radius:
+    alphas = []
+    for (place, _), run in points.items():
+        if place == x[best]:
+            alphas.append(run["alpha_A"])
+            alphas.append(run["alpha_M"])
+    return Curve(
+        seeds=seeds,
+        x=x,
+        loss=loss,
+        mean=mean,
+        best=best,
+        radius=find_radius(mean, best),
+        add=points_to_add(x, loss, mean, best),
+        alpha=math.nan if None in alphas else statistics.fmean(alphas),
+        own=own,
+    )
+
+
+def find_radius(mean, best):
+    """
+    How many points on each side of the best to fit: 2 at most, and as many left as right.
+
+    Curves fall off a cliff on the right. A lopsided window would move the optimum.
+    """
+    radius = min(2, best, len(mean) - 1 - best)
+    while radius > 0 and not np.isfinite(mean[best - radius : best + radius + 1]).all():
         radius -= 1
-    window = slice(best - radius, best + radius + 1)
-    add, step = set(x[near][np.isnan(loss[:, near]).any(0)]), np.diff(x).min() if len(x) > 1 else 0.5
-    for edge, outward, beyond in ((x[0], -step, mean[:best][::-1]), (x[-1], step, mean[best + 1:])):
-        if not np.isinf(beyond[:2]).any():      # behind a divergence there is nothing to look for
-            add |= {edge + outward * i for i in range(1, 3 - len(beyond))}
-    at_best = [run for (a, _), run in points.items() if a == x[best]]
-    return SimpleNamespace(
-        seeds=seeds, x=x, loss=loss, mean=mean, best=best, window=window, radius=radius, add=sorted(add), own=own,
-        complete=[seed for seed, finite in zip(seeds, np.isfinite(loss[:, window]).all(1)) if finite],
-        regret=None, bound=False,
-        alpha=statistics.fmean(float(run.get(key) or "nan") for run in at_best for key in ("attn_alpha", "mlp_alpha")))
+    return radius
 
 
-def factor_on_eta(run, name):
-    """The η that column `name` needs for the same run, over the run's η; 0: none does. At the base size all columns are
-    one: 1. At the base width and depth columns differ in the powers of m_t and m_b alone, which multiply η."""
-    options = [run[key] for key in (*SIZES, "alpha_init", *MULTS)]
-    initial, scale = parametrize(run["parametrization"], *options)
-    wanted_initial, wanted = parametrize(name, *options)
-    factor = sum(scale.values()) / sum(wanted.values())
-    same = initial == wanted_initial and all(math.isclose(scale[key], factor * wanted[key]) for key in scale)
-    return round(factor, 9) if same else 0
+def points_to_add(x, loss, mean, best):
+    """The x to run, so that two points on each side of the best are known for every seed."""
+    near = slice(max(best - 2, 0), best + 3)
+    unfinished = np.isnan(loss[:, near]).any(axis=0)
+    add = set(x[near][unfinished])
+
+    step = np.diff(x).min() if len(x) > 1 else 0.5
+    left = mean[:best][::-1]
+    right = mean[best + 1 :]
+    for edge, outward, beyond in ((x[0], -step, left), (x[-1], step, right)):
+        # Behind a divergence there is nothing to look for.
+        if np.isinf(beyond[:2]).any():
+            continue
+        for i in range(1, 3 - len(beyond)):
+            add.add(edge + outward * i)
+    return sorted(add)
 
 
-def curves_of(name, key, sizes, center):
-    """{size: curve over log2 of `key`} of column `name`, from {size: runs}. Runs of other columns count where they are
-    the same; with η shifted, too, where the column has none. Multipliers other than `key` must be at the center."""
-    recipes = {(run["steps"], run["batch_size"]): {option: run[option] for option in RECIPE}
-               for runs in sizes.values() for run in runs if run["parametrization"] == name}
-    curves = {}
-    for size, runs in sizes.items():
-        own, points = any(run["parametrization"] == name for run in runs), {}
+def curves_of(column, key, runs_of_size, center):
+    """
+    {size: Curve over log2 of the option `key`} of a column, from {size: runs}.
+
+    Runs of other columns count where they are the same run. Where the column has none of its own,
+    those count, too, that are the same with another η. `center` is what other multipliers must be.
+    """
+    recipes = {}
+    for runs in runs_of_size.values():
         for run in runs:
-            factor = factor_on_eta(run, name)
-            wanted = {**recipes.get((run["steps"], run["batch_size"]), {}), **center, key: run[key]}
-            usable = all(run[option] == wanted[option] for option in wanted)
-            if usable and run[key] > 0 and (factor == 1 or factor and not own):
-                points[round(math.log2(run[key] * factor), 4), run["seed"]] = run
+            if run["parametrization"] == column:
+                length = (run["steps"], run["batch_size"])
+                recipes[length] = {option: run[option] for option in RECIPE}
+
+    curves = {}
+    for size, runs in runs_of_size.items():
+        own = any(run["parametrization"] == column for run in runs)
+        points = {}
+        for run in runs:
+            factor = factor_on_eta(run, column)
+            same = factor == 1 or (factor > 0 and not own)
+            recipe = recipes.get((run["steps"], run["batch_size"]), {})
+            wanted = {**recipe, **center, key: run[key]}
+            alike = all(run[option] == value for option, value in wanted.items())
+            if same and alike and run[key] > 0:
+                x = round(math.log2(run[key] * factor), 4)
+                points[x, run["seed"]] = run
         if points:
             curves[size] = make_curve(points, own)
     return curves
 
 
 def loss_at(curve, x):
-    """Mean loss of a curve at x, by a parabola through the three nearest points; inf where one of them diverged."""
+    """The mean loss at x, by a parabola through the three nearest points; inf if one diverged."""
     near = np.argsort(abs(curve.x - x), kind="stable")[:3]
-    usable = len(near) == 3 and np.isfinite(curve.mean[near]).all()
-    return float(np.polyval(np.polyfit(curve.x[near], curve.mean[near], 2), x)) if usable else math.inf
+    if len(near) < 3 or not np.isfinite(curve.mean[near]).all():
+        return math.inf
+    parabola = np.polyfit(curve.x[near], curve.mean[near], 2)
+    return float(np.polyval(parabola, x))
+
+
+# ------------------------------------------------------------------------------------------------
+# Optima and their drift
 
 
 def fit(curves):
-    """{(size, seed): optimum} by least squares over the windows: loss = level[size, seed] + c · (x - optimum)², one c
-    for all. Empty if no size has its best inside its grid, or c is not positive."""
-    windows = {(size, seed): (curve.x[curve.window], curve.loss[curve.seeds.index(seed), curve.window])
-               for size, curve in curves.items() if curve.radius for seed in curve.complete}
-    bends = [x * x - np.polyval(np.polyfit(x, x * x, 1), x) for x, _ in windows.values()]       # x² less its best line
-    square = sum(bend @ bend for bend in bends)
-    c = sum(bend @ loss for bend, (_, loss) in zip(bends, windows.values())) / square if bends else 0
-    return {key: np.polyfit(x, loss - c * x * x, 1)[0] / (-2 * c) for key, (x, loss) in windows.items() if c > 0}
+    """
+    {(size, seed): best x} by least squares over the windows of all curves, with one c for all:
+
+        loss = level[size, seed] + c · (x - best[size, seed])²
+
+    Empty if no size has its best inside its grid, or if c is not positive.
+    """
+    windows = {}
+    for size, curve in curves.items():
+        if curve.radius == 0:
+            continue
+        for seed in curve.complete:
+            loss = curve.loss[curve.seeds.index(seed)]
+            windows[size, seed] = (curve.x[curve.window], loss[curve.window])
+
+    # A straight line through each window takes up its level and its best x. So c is what losses
+    # have in common with x², less the straight line through x².
+    overlap = 0
+    square = 0
+    for x, loss in windows.values():
+        line = np.polyfit(x, x * x, 1)
+        bend = x * x - np.polyval(line, x)
+        overlap += bend @ loss
+        square += bend @ bend
+    if overlap <= 0:
+        return {}
+
+    c = overlap / square
+    optima = {}
+    for key, (x, loss) in windows.items():
+        slope, _ = np.polyfit(x, loss - c * x * x, 1)
+        optima[key] = -slope / (2 * c)
+    return optima
 
 
 def student(freedom):
-    """The 97.5 % quantile of Student's t, to 0.001: tabulated, then the Cornish-Fisher expansion."""
-    expansion = 1.95996 + 2.37227 / freedom + 2.82250 / freedom ** 2 + 2.55585 / freedom ** 3 + 1.58 / freedom ** 4
-    return {1: 12.70620, 2: 4.30265, 3: 3.18245}.get(freedom, expansion)
+    """The 97.5 % quantile of Student's t, to 0.001."""
+    tabulated = {1: 12.70620, 2: 4.30265, 3: 3.18245}
+    if freedom in tabulated:
+        return tabulated[freedom]
+    # the Cornish-Fisher expansion
+    expansion = 1.95996 + 2.37227 / freedom + 2.82250 / freedom ** 2
+    return expansion + 2.55585 / freedom ** 3 + 1.58 / freedom ** 4
 
 
 def drift(optima):
     """
-    (slope of {(size, seed): optimum} over log2 size, in octaves a doubling; half its 95 % interval); None for one size.
-    All η of a curve share its luck, so the curve is the unit: the interval comes from the scatter of the optima about
-    parallel lines, one a seed, with (curves - seeds - 1) degrees of freedom.
+    (slope of {(size, seed): best x} over log2 size, half its 95 % interval); None at one size.
+
+    All η of a curve share its luck, so the unit is the curve. The interval comes from the scatter
+    of the optima about parallel lines, one a seed: curves - seeds - 1 degrees of freedom.
     """
     lines = {}
     for (size, seed), x in optima.items():
         lines.setdefault(seed, []).append((math.log2(size), x))
-    centered = [np.array(line) - np.mean(line, axis=0) for line in lines.values() if len(line) > 1]
+    centered = []
+    for line in lines.values():
+        if len(line) > 1:
+            centered.append(np.array(line) - np.mean(line, axis=0))
     if not centered:
         return None
+
     size, x = np.concatenate(centered).T
-    slope, freedom = size @ x / (size @ size), len(x) - len(centered) - 1
+    slope = size @ x / (size @ size)
+    freedom = len(x) - len(centered) - 1
+    if freedom == 0:
+        return slope, math.inf
     variance = np.square(x - slope * size).sum() / (size @ size)
-    return slope, student(freedom) * math.sqrt(variance / freedom) if freedom else math.inf
+    return slope, student(freedom) * math.sqrt(variance / freedom)
+
+
+# ------------------------------------------------------------------------------------------------
+# The verdict on a column
+
+
+@dataclass
+class Verdict:
+    """What the curves of one column say, or of one tensor class if one class varies at a time."""
+    curves: dict                        # {size: Curve}
+    optima: dict                        # {(size, seed): best x}
+    drift: tuple | None                 # (octaves a doubling, half their 95 % interval)
+    regret: float | None                # the largest of all sizes
+    bound: bool                         # whether that is a lower bound
+    same: str                           # is one grid point the best at all sizes? Yes, No or ?
+    difference: tuple | None = None     # drift less the control's, on the same seeds
+    powers: dict | None = None          # {tensor class: the table's power of the size in its rate}
 
 
 def judge_column(curves):
-    """The verdict on {size: curve}, as a namespace. Each curve gets optimum, regret in nats and a word on its grid."""
+    """The Verdict on {size: Curve}, smallest first. Each curve gets its own part of it."""
     optima = fit(curves)
-    first, *larger = curves.values()
     for size, curve in curves.items():
-        curve.optimum = float(np.mean([x for (its, _), x in optima.items() if its == size] or curve.x[curve.best]))
+        of_seeds = [x for (its_size, _), x in optima.items() if its_size == size]
+        curve.optimum = float(np.mean(of_seeds or curve.x[curve.best]))
         curve.bottom = min(curve.mean[curve.best], loss_at(curve, curve.optimum))
-        inside = curve.x[curve.window][0] <= curve.optimum <= curve.x[curve.window][-1]
-        faults = {"add " + " ".join(f"2^{x:.5g}" for x in curve.add): curve.add,
-                  "diverges near the best": curve.radius < 2, "its parabola's best is outside its window": not inside}
-        curve.grid = next((words for words, found in faults.items() if found), "wide enough")
-        if first.radius and curve is not first:     # curves rise outwards: outside a grid, its edge is a lower bound
-            x = float(np.clip(first.optimum, curve.x[0], curve.x[-1]))
-            loss, curve.bound = loss_at(curve, x), x != first.optimum
-            curve.regret = max(loss - curve.bottom, 0) if loss < math.inf else math.inf
-    known = larger and all(curve.grid == "wide enough" for curve in curves.values())
-    moved = np.ptp([curve.x[curve.best] for curve in curves.values()])
-    return SimpleNamespace(
-        curves=curves, optima=optima, drift=drift(optima), difference=None, bound=any(curve.bound for curve in larger),
-        regret=max((curve.regret for curve in larger if curve.regret is not None), default=None),
-        # Lingle's criterion (arXiv:2404.05728), but grids that η was shifted onto need not have equal points
-        same="?" if not known else "Yes" if moved < np.diff(first.x).min() / 2 else "No")
+        curve.grid = grid_in_words(curve)
+
+    first, *larger = curves.values()
+    for curve in larger:
+        if first.radius > 0:        # else the smallest size's best is not known
+            curve.regret, curve.bound = regret_of(curve, first.optimum)
+    regrets = [curve.regret for curve in larger if curve.regret is not None]
+    return Verdict(
+        curves=curves,
+        optima=optima,
+        drift=drift(optima),
+        regret=max(regrets, default=None),
+        bound=any(curve.bound for curve in larger),
+        same=same_best(list(curves.values())),
+    )
+
+
+def grid_in_words(curve):
+    """What the grid of a curve lacks, in a few words."""
+    if curve.add:
+        return "add " + " ".join(f"2^{x:.5g}" for x in curve.add)
+    if curve.radius < 2:
+        return "diverges near the best"
+    window = curve.x[curve.window]
+    if not window[0] <= curve.optimum <= window[-1]:
+        return "its parabola's best is outside its window"
+    return "wide enough"
+
+
+def regret_of(curve, x):
+    """(loss at x less the curve's best loss; whether that is only a lower bound)."""
+    # Curves rise outwards: beyond the grid, the loss at its edge is a lower bound.
+    nearest = float(np.clip(x, curve.x[0], curve.x[-1]))
+    loss = loss_at(curve, nearest)
+    regret = max(loss - curve.bottom, 0) if loss < math.inf else math.inf
+    return regret, nearest != x
+
+
+def same_best(curves):
+    """Yes or No by Lingle's criterion (arXiv:2404.05728); ? if a grid was too narrow to tell."""
+    if len(curves) < 2 or any(curve.grid != "wide enough" for curve in curves):
+        return "?"
+    best = [curve.x[curve.best] for curve in curves]
+    # Half a step, since grids onto which η was shifted need not have equal points.
+    step = np.diff(curves[0].x).min()
+    return "Yes" if max(best) - min(best) < step / 2 else "No"
+
+
+# ------------------------------------------------------------------------------------------------
+# The verdict on a sweep
 
 
 def judge(runs, axis=None, control="ngpt"):
-    """(axis, {column: verdict}). The control and nugpt are judged, too, where other columns' runs count as theirs. If
-    runs of one η vary one multiplier at a time, a tensor class takes the place of a column. Raises ValueError."""
-    names, rates = ({run[key] for run in runs} for key in ("parametrization", "learning_rate"))
+    """
+    (axis, {column: Verdict}) of the runs of a sweep. The axis is what the size is.
+
+    Columns `control` and nugpt are judged, too, where runs of other columns count as theirs. If the
+    multiplier of one class varies at a time, at one η, classes take the place of columns. Raises
+    ValueError if the runs do not go together.
+    """
     center = {key: statistics.mode(run[key] for run in runs) for key in MULTS}
-    changed = [{key for key in MULTS if run[key] != center[key]} for run in runs]
-    one_at_a_time = len(names) == len(rates) == max(map(len, changed)) == 1
-    classes = [key for key in MULTS if key in set.union(*changed)] if one_at_a_time else []
-    check_one_sweep(runs, classes)
+    classes = classes_varied(runs, center)
+    check_one_sweep(runs, may_differ=[f"{tensors}_lr_mult" for tensors in classes])
     varying = [key for key in AXES if len({run[key] for run in runs}) > 1]
-    equal_tokens = varying == ["steps", "batch_size"]
-    axis = axis or ("batch_size" if equal_tokens else "parameters" if len(varying) > 1 else (varying or ["width"])[0])
-    sizes, verdicts = {}, {}
-    for run in sorted(runs, key=lambda run: run[axis]):
-        sizes.setdefault(run[axis], []).append(run)
-        if differing := [key for key in varying if run[key] != sizes[run[axis]][0][key]]:
-            raise ValueError(f"runs of {axis} {run[axis]:g} differ in {', '.join(differing)}; give each its own file")
-    columns = ({key.removesuffix("_lr_mult"): (*names, key) for key in classes} or
-               {name: (name, "learning_rate") for name in rules.COLUMNS if name in {*names, control, "nugpt"}})
-    for title, (name, key) in columns.items():
-        curves = curves_of(name, key, sizes, center if classes else {})
-        if len(curves) > 1 or curves and name in names:
-            verdict = verdicts[title] = judge_column(curves)
-            ends = sizes[min(curves)][0], sizes[max(curves)][0]
-            small, large = (parametrize(name, *map(run.get, SIZES))[1] for run in ends)
-            verdict.powers = {tensors: math.log2(large[tensors] / small[tensors]) / math.log2(max(curves) / min(curves))
-                              for tensors in small if verdict.drift and (not classes or tensors == title)}
-    paired = verdicts[control].optima if control in verdicts else {}
-    for name in verdicts.keys() - {control}:
-        optima = verdicts[name].optima
-        verdicts[name].difference = drift({key: optima[key] - paired[key] for key in optima.keys() & paired.keys()})
+    axis = axis or find_axis(varying)
+    runs_of_size = group_by_size(runs, axis, varying)
+
+    ran = {run["parametrization"] for run in runs}
+    verdicts = {}
+    for tensors in classes:
+        column = runs[0]["parametrization"]
+        curves = curves_of(column, f"{tensors}_lr_mult", runs_of_size, center)
+        verdicts[tensors] = judge_column(curves)
+        verdicts[tensors].powers = powers_of(column, [tensors], verdicts[tensors], runs_of_size)
+    if not classes:
+        for column in show.in_order({*ran, control, "nugpt"}):
+            curves = curves_of(column, "learning_rate", runs_of_size, center={})
+            # Of a column that did not run, one size alone is of no interest.
+            if len(curves) > 1 or (curves and column in ran):
+                verdict = judge_column(curves)
+                verdict.powers = powers_of(column, TENSOR_CLASSES, verdict, runs_of_size)
+                verdicts[column] = verdict
+
+    for column, verdict in verdicts.items():
+        if control in verdicts and column != control:
+            verdict.difference = difference(verdict.optima, verdicts[control].optima)
     return axis, verdicts
 
 
+def classes_varied(runs, center):
+    """The tensor classes of a sweep that varies one class's multiplier at a time; else []."""
+    columns = {run["parametrization"] for run in runs}
+    rates = {run["learning_rate"] for run in runs}
+    changed = [{key for key in MULTS if run[key] != center[key]} for run in runs]
+    if len(columns) > 1 or len(rates) > 1 or max(len(keys) for keys in changed) != 1:
+        return []
+    changed_somewhere = set.union(*changed)
+    return [key.removesuffix("_lr_mult") for key in MULTS if key in changed_somewhere]
+
+
+def check_one_sweep(runs, may_differ=()):
+    """Raises ValueError if runs differ in what is one in a sweep, or in a column's recipe."""
+    if len({run["data_fingerprint"] for run in runs}) > 1:
+        raise ValueError("the runs were trained on different texts (see their data_fingerprint); "
+                         "give each its own file")
+    for key in OPTIONS:
+        if key in VARYING or key in may_differ:
+            continue
+        first_value = {}
+        for run in runs:
+            group = None
+            where = ""
+            if key in RECIPE:
+                group = (run["parametrization"], run["steps"], run["batch_size"])
+                where = f" in {run['parametrization']}'s runs of {run['steps']} steps"
+            value = first_value.setdefault(group, run[key])
+            if run[key] != value:
+                raise ValueError(f"{key} is {value} and {run[key]}{where}; give each its own file")
+
+
+def find_axis(varying):
+    """What the size is, from those of AXES that differ between runs."""
+    if varying == ["steps", "batch_size"]:
+        return "batch_size"     # at equal tokens
+    if len(varying) > 1:
+        return "parameters"
+    if len(varying) == 1:
+        return varying[0]
+    return "width"
+
+
+def group_by_size(runs, axis, varying):
+    """{size: runs}, smallest first. Raises ValueError if runs of one size differ in the others."""
+    for run in runs:
+        if run[axis] is None:
+            raise ValueError(f"a run has no {axis}, which is the size here")
+    groups = {}
+    for run in sorted(runs, key=lambda run: run[axis]):
+        groups.setdefault(run[axis], []).append(run)
+    for size, group in groups.items():
+        differing = [key for key in varying if len({run[key] for run in group}) > 1]
+        if differing:
+            raise ValueError(f"runs of {axis} {size} differ in {', '.join(differing)}; "
+                             "give each its own file")
+    return groups
+
+
+def powers_of(column, classes, verdict, runs_of_size):
+    """{tensor class: power of the size in its rate}, by the table; {} where there is no drift."""
+    if verdict.drift is None:
+        return {}
+    smallest = min(verdict.curves)
+    largest = max(verdict.curves)
+    doublings = math.log2(largest / smallest)
+    _, small = rates_for(runs_of_size[smallest][0], column)
+    _, large = rates_for(runs_of_size[largest][0], column)
+    powers = {}
+    for tensors in classes:
+        if tensors == "rescalers" and column in plain.COLUMNS:
+            continue        # the plain GPT has none
+        powers[tensors] = math.log2(large[tensors] / small[tensors]) / doublings
+    return powers
+
+
+def difference(optima, control):
+    """The drift of a column less the control's, from {(size, seed): best x} of both."""
+    return drift({key: optima[key] - control[key] for key in optima if key in control})
+
+
+# ------------------------------------------------------------------------------------------------
+# Random searches
+
+
+class Setting(NamedTuple):
+    """A setting of a random search. The best sorts first."""
+    loss: float         # mean over seeds, at their common level
+    seeds: int          # how many of them did not diverge
+    values: tuple       # of the hyperparameters searched
+
+
 def searched(runs):
-    """The hyperparameters of a random search: the learning rate and others, two with five values or more, and those
-    that are not train.py's default. Else []."""
-    values = {key: {run[key] for run in runs} for key in SEARCHED}
-    alike = all(len({run[key] for run in runs}) == 1 for key in ("parametrization", *SIZES))
-    many = sum(len(tried) >= 5 for tried in values.values())
-    keys = [key for key, tried in values.items() if tried != {getattr(Config, key)}]
-    return keys if alike and many > 1 and len(values["learning_rate"]) > 1 else []
+    """The hyperparameters of a random search that are not at train.py's default; else []."""
+    for key in ("parametrization", *SIZES):
+        if len({run[key] for run in runs}) > 1:
+            return []
+    tried = {key: {run[key] for run in runs} for key in SEARCHED}
+    of_many_values = [key for key in SEARCHED if len(tried[key]) >= 5]
+    if len(of_many_values) < 2 or len(tried["learning_rate"]) < 2:
+        return []
+    return [key for key in SEARCHED if tried[key] != {getattr(DEFAULTS, key)}]
 
 
 def rank(runs, keys):
-    """([(loss at the seeds' common level, number of seeds, values of keys)] best first, a seed's scatter in nats). The
-    scatter is nan where fewer than two settings ran with several seeds. Raises ValueError."""
-    check_one_sweep(runs, keys)
-    settings = [tuple(run[key] for key in keys) for run in runs]
-    tried = list(dict.fromkeys(settings))
-    _, _, _, loss = losses({(tried.index(values), run["seed"]): run for values, run in zip(settings, runs)})
-    seeds = np.isfinite(loss).sum(0)
-    variances = np.nanvar(loss[:, (seeds > 1) & ~np.isinf(loss).any(0)], axis=0, ddof=1)
+    """
+    ([Setting of the hyperparameters `keys`, …] best first, a seed's scatter in nats) of a search.
+
+    The scatter is nan where fewer than two settings ran with several seeds. Raises ValueError if
+    the runs differ in anything else.
+    """
+    check_one_sweep(runs, may_differ=keys)
+    places = {}         # {values: a number for them}
+    points = {}
+    for run in runs:
+        values = tuple(run[key] for key in keys)
+        place = places.setdefault(values, len(places))
+        points[place, run["seed"]] = run
+    _, _, loss = loss_table(points)
+    loss = at_common_level(loss)
+    mean = np.nanmean(loss, axis=0)
+    seeds = np.isfinite(loss).sum(axis=0)
+    settings = []
+    for values, place in places.items():
+        settings.append(Setting(float(mean[place]), int(seeds[place]), values))
+
+    repeated = (seeds > 1) & ~np.isinf(loss).any(axis=0)
+    variances = np.nanvar(loss[:, repeated], axis=0, ddof=1)
     freedom = len(variances) - 1        # the seeds' levels took one
     scatter = math.sqrt(variances.sum() / freedom) if freedom > 0 else math.nan
-    return sorted(zip(np.nanmean(loss, axis=0).tolist(), seeds.tolist(), tried)), scatter
+    return sorted(settings), scatter
+
+
+# ------------------------------------------------------------------------------------------------
+# Command line
+
+
+def parse_args():
+    parser = show.ArgumentParser("verdict.py", __doc__)
+    parser.add_argument("results", metavar="RESULTS.csv", type=expanduser)
+    parser.add_argument("--plot", metavar="FILE.png", type=expanduser, help="draw a picture, too")
+    parser.add_argument("--columns", metavar="NAME,NAME", help="show only these")
+    parser.add_argument("--control", default="ngpt", choices=COLUMNS,
+                        help="what the others are compared to (default: ngpt)")
+    parser.add_argument("--axis", choices=[*AXES, "parameters"],
+                        help="what the size is (default: what differs between runs)")
+    return parser.parse_args()
+
+
+def choose(verdicts, names):
+    """The verdicts of "name,name", in this order. Raises ValueError for one that is not there."""
+    chosen = {}
+    for name in names.split(","):
+        if name not in verdicts:
+            raise ValueError(f"there are runs of {', '.join(verdicts)}, but not of {name}")
+        chosen[name] = verdicts[name]
+    return chosen
+
+
+def print_verdict(args):
+    """Print the verdict, and draw it if asked. Raises ValueError and OSError."""
+    runs = read_results(args.results)
+    if not runs:
+        raise ValueError(f"{args.results} has no rows")
+    dtypes = sorted({run["dtype"] for run in runs})
+    if len(dtypes) > 1:
+        print(f"Runs of dtype {' and '.join(dtypes)} stand side by side. "
+              "They differ in rounding.\n")
+
+    keys = searched(runs)
+    if keys:
+        ranked, scatter = rank(runs, keys)
+        print(show.report_search(ranked, scatter, keys))
+        if args.plot:
+            show.draw_search(ranked, keys, args.plot)
+        return
+
+    axis, verdicts = judge(runs, args.axis, args.control)
+    if args.columns:
+        verdicts = choose(verdicts, args.columns)
+    print(show.report(axis, verdicts, args.control))
+    if args.plot:
+        show.draw(axis, verdicts, args.plot)
 
 
 def main():
-    parser = argparse.ArgumentParser(usage=__doc__, allow_abbrev=False)
-    parser.add_argument("results", metavar="RESULTS.csv")
-    parser.add_argument("--plot", metavar="FILE.png", help="draw the picture, too")
-    parser.add_argument("--columns", type=lambda text: text.split(","), help="show only these, as in ngpt,nugpt")
-    parser.add_argument("--control", default="ngpt", choices=rules.COLUMNS, help="what the others are compared to")
-    parser.add_argument("--axis", choices=(*AXES, "parameters"),
-                        help="what the size is; default: what differs between runs, parameters if several do")
-    parser.error = lambda message: sys.exit(f"verdict.py: {message} (see python results/verdict.py --help)")
-    args = parser.parse_args()
+    args = parse_args()
     try:
-        runs = read_results(args.results)
-        if len(dtypes := sorted({run["dtype"] for run in runs})) > 1:
-            print(f"Runs of dtype {' and '.join(dtypes)} stand side by side. They differ in rounding.\n")
-        if keys := searched(runs):
-            ranked, scatter = rank(runs, keys)
-            print(show.report_search(ranked, scatter, keys))
-        else:
-            axis, verdicts = judge(runs, args.axis, args.control)
-            if unknown := set(args.columns or ()) - verdicts.keys():
-                raise ValueError(f"there are runs of {', '.join(verdicts)}, but not of {', '.join(sorted(unknown))}")
-            verdicts = {name: verdicts[name] for name in args.columns or verdicts}
-            print(show.report(axis, verdicts, args.control))
-        if args.plot and keys:
-            show.draw_search(ranked, keys, args.plot)
-        elif args.plot:
-            show.draw(axis, verdicts, args.plot)
-    except (ValueError, OSError, csv.Error) as error:
+        print_verdict(args)
+    except (ValueError, OSError) as error:
         sys.exit(f"verdict.py: {error}")
 
 
 if __name__ == "__main__":
+    show.prepare_terminal()
     main()

@@ -1,0 +1,140 @@
+"""
+The opponent: a plain GPT of the same shape, trained by the same loop. It is a fork of the reference
+and shows what a fork needs: options with defaults, a table, a model and a build.
+
+    python results/plain.py --base=results/laptop.json --parametrization=gpt_sp --width=96 \\
+        --learning_rate=0.02 --weight_decay=0.1 --warmup_steps=40 --out_dir=out/plain
+
+It has pre-norm, RoPE and SwiGLU, and no biases. results/sweep.py knows its columns, too.
+"""
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import train
+from model import GPT
+from model import GPTConfig
+from model import norm
+from model import rope
+from parametrize import parametrize as evaluate_table
+from parametrize import read_table
+
+# The standard parametrization, and μP for Adam (arXiv:2203.03466), in the form without an output
+# multiplier: the unembedding's standard deviation and rate fall with the width instead.
+# d, m_w and c = (base_width)^-1/2 are as in parametrize.py.
+TABLE = """
+                | gpt_sp | gpt_mup    | what it sets
+lr              | 1      | 1          | multiplies η for every tensor
+lr_embedding    | 1      | 1          | ... and for the embedding
+lr_hidden       | 1      | m_w^-1     | ... and for the blocks' matrices
+lr_unembedding  | 1      | m_w^-1     | ... and for the unembedding
+hidden_std      | d^-1/2 | d^-1/2     | initial standard deviation of the blocks' matrices
+unembedding_std | d^-1/2 | c · m_w^-1 | initial standard deviation of the unembedding
+"""
+COLUMNS = read_table(TABLE)
+
+
+@dataclass
+class Config(train.Config):
+    embedding_std: float = train.option(1.0, "initial standard deviation of the embedding")
+
+
+@dataclass
+class PlainGPTConfig(GPTConfig):
+    embedding_std: float = 1.0
+    hidden_std: float = 0.02            # these two are the table's: see build
+    unembedding_std: float = 0.02
+
+
+def rms_norm(x):
+    """x over its root mean square, in the last dimension."""
+    return norm(x) * math.sqrt(x.size(-1))
+
+
+class PlainBlock(nn.Module):
+    """RMSNorm before attention and MLP, whose outputs are added to h (B, T, d)."""
+
+    def __init__(self, config):
+        super().__init__()
+        d = config.width
+        m = config.mlp_width
+        self.config = config
+        self.W_q = nn.Parameter(torch.empty(d, d))
+        self.W_k = nn.Parameter(torch.empty(d, d))
+        self.W_v = nn.Parameter(torch.empty(d, d))
+        self.W_u = nn.Parameter(torch.empty(m, d))
+        self.W_nu = nn.Parameter(torch.empty(m, d))
+        self.W_O = nn.Parameter(torch.empty(d, d))
+        self.W_oMLP = nn.Parameter(torch.empty(m, d))
+
+    def attention(self, h, cos_sin):
+        B, T, d = h.shape
+        D = self.config.head_dim
+        qkv = F.linear(h, torch.cat((self.W_q, self.W_k, self.W_v)))
+        q, k, v = qkv.view(B, T, 3, d // D, D).permute(2, 0, 3, 1, 4)
+        q = rope(q, cos_sin).to(v.dtype)
+        k = rope(k, cos_sin).to(v.dtype)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)     # softmax scale 1/√D
+        return y.transpose(1, 2).reshape(B, T, d) @ self.W_O
+
+    def mlp(self, h):
+        u = F.linear(h, self.W_u)
+        nu = F.linear(h, self.W_nu)
+        return (u * F.silu(nu)) @ self.W_oMLP
+
+    def forward(self, h, cos_sin):
+        h = h + self.attention(rms_norm(h), cos_sin)
+        h = h + self.mlp(rms_norm(h))
+        return h
+
+
+class PlainGPT(GPT):
+    """Same interface as model.GPT. Its weights are not normalized, so it needs weight decay and
+    warm-up."""
+
+    block = PlainBlock
+
+    def draw_weights(self):
+        config = self.config
+        self.s_z = None         # its logits are not rescaled
+        self.embedding.normal_(std=config.embedding_std)
+        self.unembedding.normal_(std=config.unembedding_std)
+        # outputs are smaller, as 2 · depth of them are added up (GPT-2, section 2.3)
+        output_std = config.hidden_std * (2 * config.depth) ** -0.5
+        for block in self.blocks:
+            for weight in (block.W_q, block.W_k, block.W_v, block.W_u, block.W_nu):
+                weight.normal_(std=config.hidden_std)
+            for weight in (block.W_O, block.W_oMLP):
+                weight.normal_(std=output_std)
+
+    def normalize_weights(self):
+        pass
+
+    def unembed(self, h):
+        return F.linear(rms_norm(h), self.unembedding)
+
+
+def parametrize(parametrization, **options):
+    """As parametrize.parametrize, for the columns of the plain GPT; for results/verdict.py."""
+    return evaluate_table(parametrization, columns=COLUMNS, **options)
+
+
+def build(config, device):
+    """(model, optimizer) of a plain GPT. Raises ValueError for impossible sizes."""
+    initial, lr_scale = train.apply_table(config, COLUMNS)
+    model_config = PlainGPTConfig(config.width, config.depth, config.head_dim, config.vocab_size,
+                                  config.seq_len, embedding_std=config.embedding_std, **initial)
+    torch.manual_seed(config.seed)
+    with device:
+        model = PlainGPT(model_config)
+    return model, train.make_optimizer(model, lr_scale, config)
+
+
+if __name__ == "__main__":
+    sys.exit(train.main(sys.argv[1:], Config, build))

@@ -1,0 +1,661 @@
+"""
+Many runs of train.py into one table. Every option may have several values. All combinations are
+run, except those that the table has already: a repeated command continues.
+
+    python results/sweep.py --results=out/width.csv --base=results/laptop.json \\
+        --width=1x,2x,4x --seed=0,1,2 --learning_rate=2^-7:2^-4:2^.5
+    python results/sweep.py --results=out/two.csv --base=results/laptop.json --seed=0 \\
+        + --width=1x,2x --learning_rate=0.02,0.03 + --width=4x --learning_rate=0.01 ++ --steps=100
+
+    a,b,c              these values; powers may be written 2^-7
+    from:to:factor     from, from · factor, … up to to
+    1x,2x,1/4x         multiples of the base's value
+    low..high          with --random=N: N settings fill all such ranges evenly, on a log scale
+    A + B + C ++ D     two groups of runs, with the options A B D and A C D; later ones win
+
+Worker processes, one a GPU or one a core, import once and compile once a shape. This process alone
+writes rows. results/verdict.py judges the table.
+"""
+import argparse
+import csv
+import fcntl
+import functools
+import io
+import itertools
+import math
+import multiprocessing
+import multiprocessing.connection
+import os
+import shlex
+import signal
+import sys
+import threading
+from contextlib import suppress
+from dataclasses import asdict
+from dataclasses import dataclass
+from dataclasses import fields
+from fractions import Fraction
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import plain
+import train
+import verdict
+from model import GPTConfig
+from parametrize import COLUMNS
+from prepare_data import fingerprint
+from prepare_data import write_json
+
+tqdm.set_lock(threading.RLock())       # threads share the bar here, not processes
+PRIMES = [2, 3, 5, 7, 11, 13, 17, 19, 23, 29]
+START_METHOD = "spawn"      # of workers: forking a process that has used a GPU would fail
+ABOUT = "Tuned by results/sweep.py:"
+# A run of a sweep leaves a row, and nothing else.
+NOT_IN_A_SWEEP = {"out_dir", "resume", "sample_only", "prompt", "sample_tokens", "temperature",
+                  "top_k", "log_every", "eval_every", "checkpoint_every"}
+
+
+@dataclass
+class Range:
+    """low..high of --random."""
+    low: float
+    high: float
+
+    def at(self, place):
+        """The value at a place between 0 and 1, on a log scale where both ends are positive."""
+        if self.low > 0:
+            return self.low * (self.high / self.low) ** place
+        return self.low + (self.high - self.low) * place
+
+
+# ------------------------------------------------------------------------------------------------
+# What is to be run
+
+
+def parse_number(text, base_value):
+    """The number of a text: 0.01, 1e-3, 2^-7, or a multiple of the base's, as 2x or 1/4x. Raises
+    ValueError."""
+    if not text.endswith("x"):
+        return train.number(text)
+    factor = text[:-1]
+    if "/" in factor:
+        return base_value * float(Fraction(factor))
+    return base_value * train.number(factor)
+
+
+def tidy(kind, number):
+    """The number as an option's type has it: whole, or with six digits. Raises ValueError."""
+    if kind is int:
+        if abs(number - round(number)) > 1e-9:
+            raise ValueError
+        return round(number)
+    return float(f"{number:.6g}")
+
+
+def parse_option(name, text, base):
+    """The values, a list, or the Range that an option's text stands for. Raises ValueError."""
+    kind = {f.name: f.type for f in fields(plain.Config)}[name]
+    if kind not in (int, float):
+        return [train.parse_value(name, part, plain.Config) for part in text.split(",")]
+    try:
+        if ".." in text:
+            low, high = [parse_number(part, base[name]) for part in text.split("..")]
+            if not low < high:
+                raise ValueError
+            return Range(low, high)
+        if ":" in text:
+            first, last, factor = [parse_number(part, base[name]) for part in text.split(":")]
+            if not (0 < first <= last and factor > 1):
+                raise ValueError
+            count = math.floor(math.log(last / first, factor) + 1e-6) + 1
+            return [tidy(kind, first * factor ** i) for i in range(count)]
+        return [tidy(kind, parse_number(part, base[name])) for part in text.split(",")]
+    except (ValueError, ZeroDivisionError, OverflowError):
+        raise ValueError(f"--{name}={text} is not understood: it may be {kind.__name__} values "
+                         "such as a,b,c or from:to:factor, multiples of the base's such as 1x,2x, "
+                         "or low..high with --random") from None
+
+
+def draw(ranges, count):
+    """`count` settings, {option: value}, that fill the ranges evenly, the same ones every time:
+    multiples of √2, √3, √5, … modulo 1."""
+    settings = []
+    for i in range(1, count + 1):
+        setting = {}
+        for (name, wanted), prime in zip(ranges.items(), PRIMES):
+            kind = {f.name: f.type for f in fields(plain.Config)}[name]
+            number = wanted.at(i * math.sqrt(prime) % 1)
+            setting[name] = round(number) if kind is int else float(f"{number:.4g}")
+        settings.append(setting)
+    return settings
+
+
+def combinations_of(options, count):
+    """All combinations of a group's options, as a list of {option: value}. Raises ValueError."""
+    ranges = {name: wanted for name, wanted in options.items() if isinstance(wanted, Range)}
+    lists = {name: values for name, values in options.items() if name not in ranges}
+    if ranges and not count:
+        raise ValueError(f"--{next(iter(ranges))} is a range low..high, which needs --random=N")
+    if len(ranges) > len(PRIMES):
+        raise ValueError(f"at most {len(PRIMES)} options may be ranges")
+    settings = draw(ranges, count) if ranges else [{}]
+    combinations = []
+    for values in itertools.product(*lists.values()):
+        for setting in settings:
+            combinations.append({**dict(zip(lists, values)), **setting})
+    return combinations
+
+
+def make_config(options, base, is_base):
+    """The Config of a run, with "auto" replaced. Raises ValueError for an impossible one."""
+    is_plain = options.get("parametrization", base.get("parametrization")) in plain.COLUMNS
+    config_class = plain.Config if is_plain else train.Config
+    if not is_plain and "embedding_std" in options:
+        raise ValueError("embedding_std belongs to the plain GPT alone")
+    config = config_class(**{**base, **options, "out_dir": "", "sample_tokens": 0,
+                             "eval_every": 10 ** 9, "checkpoint_every": 10 ** 9})
+    if is_base:     # each candidate for --write_base is itself the base
+        config.base_width = config.width
+        config.base_depth = config.depth
+        config.base_steps = config.steps
+        config.base_batch_size = config.batch_size
+    # three checks, which raise
+    train.check(config)
+    GPTConfig(config.width, config.depth, config.head_dim)
+    train.apply_table(config, plain.COLUMNS if is_plain else COLUMNS)
+    meta = read_meta(config.data, config.seq_len)
+    config.dtype = train.pick_dtype(config, train.pick_device(config))
+    config.vocab_size = train.pick_vocab_size(config, meta)
+    return config
+
+
+@functools.lru_cache
+def read_meta(data, seq_len):
+    """meta.json's content of a data folder. Raises ValueError as train.open_data does."""
+    _, _, meta = train.open_data(train.Config(data=data, seq_len=seq_len))
+    return meta
+
+
+def identity(config, data_fingerprint):
+    """What makes the run: two runs with the same are one run."""
+    return identity_of_row({**asdict(config), "data_fingerprint": data_fingerprint})
+
+
+def identity_of_row(row):
+    """The identity of the run that a row of the table is of."""
+    values = []
+    for name in train.mathematics(plain.Config):
+        value = row.get(name, getattr(plain.Config, name))
+        if isinstance(value, float):
+            value = float(f"{value:.6g}")
+        values.append(value)
+    return (*values, row["data_fingerprint"])
+
+
+def flops(config):
+    """About the FLOPs of a run: a block has 12 · width² weights, as far as 8/3 is exact."""
+    products = config.depth * 12 * config.width ** 2 + config.width * config.vocab_size
+    attention = 12 * config.depth * config.width * config.seq_len
+    return (6 * products + attention) * config.steps * config.batch_size * config.seq_len
+
+
+def shape(config):
+    """What torch.compile compiles for."""
+    return (config.parametrization in plain.COLUMNS, config.width, config.depth, config.head_dim,
+            config.seq_len, config.vocab_size, train.split_batch(config)[1], config.dtype)
+
+
+# ------------------------------------------------------------------------------------------------
+# The table
+
+
+class Table:
+    """A results table, locked, to which rows are added. Raises ValueError if another sweep has it,
+    or if a row cannot be read."""
+
+    def __init__(self, path, config_class):
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.columns = [*train.mathematics(config_class), "data", "data_fingerprint",
+                        *train.OUTCOME]
+        self.lock = open(self.path, "ab", buffering=0)
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another sweep is writing to {path}; wait for it, or choose another "
+                             "--results") from None
+        if self.lock.tell() > 0:
+            self.drop_half_row()
+        if self.lock.tell() > 0:
+            self.columns = self.header()
+
+    def drop_half_row(self):
+        """Remove the last line if a crash left it without its end. A whole row whose newline an
+        editor took away stays."""
+        text = self.path.read_bytes()
+        last = text.splitlines()[-1]
+        half = not text.endswith(b"\n") and last.count(b",") < text.splitlines()[0].count(b",")
+        if half:
+            self.lock.truncate(len(text) - len(last))
+            self.lock.seek(0, os.SEEK_END)
+
+    def header(self):
+        """The columns of the file, in its order. Raises ValueError if rows would not fit."""
+        with open(self.path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+            columns = next(csv.reader(file))
+        missing = [name for name in self.columns if name not in columns]
+        if missing:
+            raise ValueError(f"{self.path} has no column {missing[0]}, so this sweep cannot "
+                             "continue it; choose another --results")
+        return columns
+
+    def rows(self):
+        """The runs of the table, as verdict.read_results gives them."""
+        return verdict.read_results(self.path) if self.lock.tell() > 0 else []
+
+    def append(self, row):
+        """Add a row, whole or not at all. Raises OSError."""
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self.columns, lineterminator="\n")
+        size = self.lock.tell()
+        if size == 0:
+            writer.writeheader()
+        elif not self.path.read_bytes().endswith(b"\n"):
+            text.write("\n")        # which an editor took away
+        writer.writerow({name: row.get(name) for name in self.columns})
+        content = text.getvalue().encode("utf-8", errors="surrogateescape")
+        try:
+            written = self.lock.write(content)
+            if written < len(content):
+                raise OSError(f"there is no room for a row of {self.path}")
+            os.fsync(self.lock.fileno())
+        except OSError:
+            os.truncate(self.path, size)
+            raise
+
+
+# ------------------------------------------------------------------------------------------------
+# Workers
+
+
+def work(connection, gpu):
+    """A worker process: trains one Config after the other, until it gets None."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C reaches the parent, too
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    else:
+        torch.set_num_threads(1)
+    train.quiet = True
+    compiled = None
+    while True:
+        try:
+            config = connection.recv()
+        except EOFError:        # the parent is gone
+            return
+        if config is None:
+            return
+        if compiled != shape(config):
+            torch.compiler.reset()      # or the compiler gives up after some shapes
+            compiled = shape(config)
+        build = plain.build if config.parametrization in plain.COLUMNS else train.build
+        try:
+            connection.send((train.train(config, build), None))
+        except Exception as error:      # of whatever kind: it is named at the end of the sweep
+            text = str(error) or "no message"
+            connection.send((None, f"{type(error).__name__}: {text.splitlines()[0]}"))
+
+
+def end_with_parent():
+    """End this process when its parent is gone, even in the middle of a run."""
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+
+class Worker:
+    """A worker process, seen from the parent."""
+
+    def __init__(self, gpu):
+        context = multiprocessing.get_context(START_METHOD)
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=work, args=(theirs, gpu), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.config = None      # what it is training
+        self.shape = None       # what it has compiled last
+
+    def give(self, config):
+        self.config = config
+        self.shape = shape(config)
+        with suppress(BrokenPipeError):     # it has died: take() will say so
+            self.connection.send(config)
+
+    def take(self):
+        """(outcome, None) of the run that ended, or (None, why it failed)."""
+        try:
+            return self.connection.recv()
+        except EOFError:
+            self.process.join()
+            return None, f"its process ended with exit code {self.process.exitcode}"
+
+
+def next_run(waiting, worker, workers):
+    """The run that a worker takes: one of the shape that it has compiled, if any is left. Else one
+    of the shape that has most work left, divided by the workers that are busy with that shape. Of
+    a shape the largest run comes first."""
+    left = {}
+    for config in waiting:
+        left[shape(config)] = left.get(shape(config), 0) + flops(config)
+    if worker.shape in left:
+        chosen = worker.shape
+    else:
+        def work_left(candidate):
+            busy = sum(other.config is not None and other.shape == candidate for other in workers)
+            return left[candidate] / (1 + busy)
+        chosen = max(left, key=work_left)
+    return max((config for config in waiting if shape(config) == chosen), key=flops)
+
+
+def gpus():
+    """The numbers of the GPUs, as text."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible:
+        return visible.split(",")
+    return [str(i) for i in range(torch.cuda.device_count())]
+
+
+def start_workers(count, device):
+    """Worker processes: `count` of them, or one a GPU, or one a core."""
+    numbers = gpus() if device != "cpu" else []
+    if not numbers:
+        os.environ["OMP_NUM_THREADS"] = "1"     # workers inherit it
+    count = count or len(numbers) or len(os.sched_getaffinity(0))
+    return [Worker(numbers[i % len(numbers)] if numbers else None) for i in range(count)]
+
+
+class Sweep:
+    """The runs of one command, on one table, by one set of workers."""
+
+    def __init__(self, configs, fingerprints, table, worker_count):
+        self.configs = configs
+        self.fingerprints = fingerprints    # {data folder: its fingerprint}
+        self.table = table
+        self.worker_count = worker_count
+        self.workers = []                   # started when there is something to do
+        self.varying = varying_options(configs)
+        self.failed = {}                    # {description of a run: why it failed}
+
+    def describe(self, config):
+        return " ".join(f"{name}={getattr(config, name)}" for name in self.varying)
+
+    def done(self):
+        """Those of the Configs that have a row in the table."""
+        identities = set()
+        for row in self.table.rows():
+            identities.add(identity_of_row(row))
+        return [config for config in self.configs
+                if identity(config, self.fingerprints[config.data]) in identities]
+
+    def run(self, configs):
+        """Train those of configs that have no row yet."""
+        done = {id(config) for config in self.done()}       # a Config has no hash of its own
+        waiting = [config for config in configs if id(config) not in done]
+        if len(waiting) < len(configs):
+            train.say(f"{len(configs) - len(waiting)} of {len(configs)} runs are in "
+                      f"{self.table.path}")
+        if not waiting:
+            return
+        if not self.workers:
+            self.workers = start_workers(self.worker_count, configs[0].device)
+        layout = "{percentage:3.0f}%|{bar}| {elapsed}, {remaining} left{postfix}"
+        total = len(waiting)
+        ended = 0
+        best = math.inf
+        with tqdm(total=sum(map(flops, waiting)), bar_format=layout, mininterval=1) as bar:
+            bar.set_postfix_str(f"{ended} of {total} runs")
+            self.feed(waiting)
+            while any(worker.config for worker in self.workers):
+                for config, outcome, reason in self.wait():
+                    line = self.record(config, outcome, reason)
+                    bar.write(f"{self.describe(config)}: {line}", file=sys.stderr)
+                    if outcome and outcome["status"] == "finished":
+                        best = min(best, outcome["val_loss"])
+                    ended += 1
+                    bar.set_postfix_str(f"{ended} of {total} runs, best {best:.4f}", refresh=False)
+                    bar.update(flops(config))
+                self.feed(waiting)
+        for config in waiting:
+            self.failed[self.describe(config)] = "no worker is left"
+
+    def feed(self, waiting):
+        """Give each idle worker a run, and take that from the waiting ones."""
+        for worker in self.workers:
+            if waiting and worker.config is None and worker.process.is_alive():
+                config = next_run(waiting, worker, self.workers)
+                waiting.remove(config)
+                worker.give(config)
+
+    def wait(self):
+        """[(Config, outcome or None, why it failed or None)] of the runs that end next."""
+        busy = {worker.connection: worker for worker in self.workers if worker.config}
+        ended = []
+        for connection in multiprocessing.connection.wait(list(busy)):
+            worker = busy[connection]
+            ended.append((worker.config, *worker.take()))
+            worker.config = None
+        return ended
+
+    def record(self, config, outcome, reason):
+        """Add the run's row, or its name to those that failed. Returns a few words on it."""
+        if outcome is None:
+            self.failed[self.describe(config)] = reason
+            return f"failed: {reason}"
+        row = {**asdict(config), "data_fingerprint": self.fingerprints[config.data], **outcome}
+        self.table.append(row)
+        return f"val_loss {outcome['val_loss']:.4f}, {outcome['status']}"
+
+    def tune(self, count):
+        """The Config of the best setting, or None. Every setting runs with the first seed, then the
+        best `count` with all seeds; and again, until the best `count` of all have run with all."""
+        names = [name for name in self.varying if name != "seed"]
+
+        def setting(config):
+            return tuple(getattr(config, name) for name in names)
+
+        chosen = [config for config in self.configs if config.seed == self.configs[0].seed]
+        while True:
+            self.run(chosen)
+            done = self.done()
+            if self.failed or not done:
+                return None
+            mine = {identity(config, self.fingerprints[config.data]) for config in done}
+            rows = [row for row in self.table.rows() if identity_of_row(row) in mine]
+            ranked, _ = verdict.rank(rows, names)
+            best = [one.values for one in ranked[:count]]
+            chosen = [config for config in self.configs if setting(config) in best]
+            if set(map(id, chosen)) <= set(map(id, done)):
+                return next(config for config in chosen if setting(config) == best[0])
+
+    def stop(self):
+        """End the workers, busy ones in the middle of their runs, and release the table's lock."""
+        for worker in self.workers:
+            if worker.config:
+                worker.process.terminate()
+            else:
+                with suppress(BrokenPipeError):     # it has died
+                    worker.connection.send(None)
+            worker.process.join()
+        self.table.lock.close()
+
+
+# ------------------------------------------------------------------------------------------------
+# The sweep
+
+
+def split_groups(argv):
+    """The words of A + B + C ++ D as (A, [B, C], D). Without groups there is one, of no words."""
+    last = []
+    if "++" in argv:
+        place = argv.index("++")
+        last = argv[place + 1:]
+        argv = argv[:place]
+    parts = [[]]
+    for word in argv:
+        if word == "+":
+            parts.append([])
+        else:
+            parts[-1].append(word)
+    return parts[0], parts[1:] or [[]], last
+
+
+def read_command(argv):
+    """(sweep's own options, base's options, list of groups {option: values}). Raises ValueError."""
+    parser = argparse.ArgumentParser(prog="sweep.py", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     epilog="and all options of train.py that make a run")
+    parser.error = lambda message: sys.exit(f"sweep.py: {message} (see --help)")
+    parser.add_argument("--results", metavar="FILE.csv", required=True, help="the table")
+    parser.add_argument("--random", metavar="N", type=int, default=0,
+                        help="settings to draw from ranges")
+    parser.add_argument("--finalists", metavar="N", type=int, default=0,
+                        help="run one seed first, and the others for the N best settings alone")
+    parser.add_argument("--write_base", metavar="FILE.json",
+                        help="write the best setting as a base")
+    parser.add_argument("--workers", metavar="N", type=int, default=0,
+                        help="default: one a GPU or core")
+    parser.add_argument("--dry", action="store_true", help="print the runs as commands of train.py")
+    for f in fields(plain.Config):
+        if f.name not in NOT_IN_A_SWEEP:
+            parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+
+    common, groups, last = split_groups(argv)
+    own = parser.parse_args([*common, *last])
+    if own.write_base and not own.finalists:
+        raise ValueError("--write_base writes the best of --finalists=N, which is not given")
+    texts = []
+    for group in groups:
+        for word in group:
+            if word.split("=")[0].lstrip("-") in vars(parser.parse_args(["--results=x"])):
+                raise ValueError(f"{word} belongs before the first + or after ++")
+        given = vars(parser.parse_args([*common, *group, *last]))
+        texts.append({f.name: given[f.name] for f in fields(plain.Config) if f.name in given})
+
+    base = {}
+    path = texts[0].get("base", "")
+    for group in texts:
+        if group.pop("base", "") != path:
+            raise ValueError("one sweep has one --base, before the first +")
+    if path:
+        path = train.parse_value("base", path)
+        base = {**train.read_base(path, plain.Config), "base": path}
+    values = {**asdict(plain.Config()), **base}
+    groups = []
+    for group in texts:
+        groups.append({name: parse_option(name, text, values) for name, text in group.items()})
+    return own, base, groups
+
+
+def make_runs(groups, base, own):
+    """(Configs of all runs, without repetition; {data folder: fingerprint}). Raises ValueError."""
+    runs = {}
+    fingerprints = {}
+    read_meta.cache_clear()     # of an earlier call: the folder's text may have changed
+    for group in groups:
+        for options in combinations_of(group, own.random):
+            try:
+                config = make_config(options, base, bool(own.write_base))
+            except ValueError as error:
+                what = " ".join(f"{name}={value}" for name, value in options.items())
+                raise ValueError(f"impossible run, {what}: {error}") from None
+            fingerprints[config.data] = fingerprint(read_meta(config.data, config.seq_len))
+            runs[identity(config, fingerprints[config.data])] = config
+    return list(runs.values()), fingerprints
+
+
+def varying_options(configs):
+    """Names of the options that differ between runs."""
+    names = train.mathematics(plain.Config)
+    return [name for name in names
+            if len({getattr(config, name, None) for config in configs}) > 1] or ["parametrization"]
+
+
+def command(config, base):
+    """The command of train.py, or of plain.py, that makes the run."""
+    script = "results/plain.py" if isinstance(config, plain.Config) else "train.py"
+    same = {"parametrization": config.parametrization, "data": config.data}
+    default = make_config(same, base, False)
+    words = [f"python {script}"]
+    if config.base:
+        words.append(f"--base={shlex.quote(config.base)}")
+    if config.parametrization != type(config)(**base).parametrization:
+        words.append(f"--parametrization={config.parametrization}")
+    if config.data != train.Config.data:
+        words.append(shlex.quote(f"--data={config.data}"))
+    for name in train.mathematics(type(config)):
+        if getattr(config, name) != getattr(default, name):
+            words.append(shlex.quote(f"--{name}={getattr(config, name)}"))
+    return " ".join(words)
+
+
+def check_base_path(path):
+    """Raises ValueError if a file stands at path that no sweep has written."""
+    if os.path.exists(path):
+        about = train.read_base_file(path).get("about", "")
+        if not about.startswith(ABOUT):
+            raise ValueError(f"{path} was not written by a sweep; choose another --write_base")
+
+
+def save_base(path, config, meta, settings):
+    """Write the config as a base file."""
+    names = [name for name in train.mathematics(type(config)) if name not in train.NOT_FROM_A_BASE]
+    numbers = {name: getattr(config, name) for name in names}
+    about = f"{ABOUT} the best of {settings} settings on {config.data}."
+    write_json(path, {"about": about, "config": numbers, "data": {"tokenizer": meta["tokenizer"]}})
+    print(f"{path}: the best setting. Train with it: python train.py --base={path} --width=…")
+
+
+def main():
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")        # a terminal may lack letters of a path
+    sweep = None
+    try:
+        own, base, groups = read_command(sys.argv[1:])
+        configs, fingerprints = make_runs(groups, base, own)
+        if own.dry:
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # `| head` ends this quietly
+            for config in sorted(configs, key=flops, reverse=True):
+                print(command(config, base))
+            return 0
+        if own.write_base:
+            own.write_base = os.path.expanduser(own.write_base)
+            check_base_path(own.write_base)
+        has_plain = any(isinstance(config, plain.Config) for config in configs)
+        table = Table(os.path.expanduser(own.results), plain.Config if has_plain else train.Config)
+        table.rows()        # can the table be read? before anything is trained
+        sweep = Sweep(configs, fingerprints, table, own.workers)
+        if own.finalists:
+            winner = sweep.tune(own.finalists)
+            if winner and own.write_base:
+                settings = sum(config.seed == configs[0].seed for config in configs)
+                meta = read_meta(winner.data, winner.seq_len)
+                save_base(own.write_base, winner, meta, settings)
+        else:
+            sweep.run(configs)
+    except (ValueError, OSError) as error:
+        sys.exit(f"sweep.py: {error}")
+    except KeyboardInterrupt:
+        print("stopped; the same command continues", file=sys.stderr)
+        return train.EXIT_CODES["stopped"]
+    finally:
+        if sweep:
+            sweep.stop()
+    for what, reason in sweep.failed.items():
+        print(f"failed, and tried again by the same command: {what}: {reason}", file=sys.stderr)
+    return 1 if sweep.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
