@@ -142,9 +142,10 @@ class Block(nn.Module):
         # than three (width 264 on a CPU core, bf16).
         qkv = F.linear(h, torch.cat((self.W_q, self.W_k, self.W_v)))
         q, k, v = qkv.view(B, T, 3, d // D, D).permute(2, 0, 3, 1, 4)       # each (B, H, T, D)
-        s_qk = self.s_qk()
-        q = norm(rope(q, cos_sin)) * s_qk
-        k = norm(rope(k, cos_sin)) * s_qk
+        # q' = Norm(RoPE(q)) ⊙ s_qk and k' = Norm(RoPE(k)) ⊙ s_qk. Only the products q'·k' count:
+        # so both factors s_qk are put on q, which takes 5 % less of a step.
+        q = norm(rope(q, cos_sin)) * self.s_qk().square()
+        k = norm(rope(k, cos_sin))
         # The dot product of two unit vectors has variance 1/D. So the softmax scale is √D,
         # where the usual Transformer has 1/√D.
         y = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v,

@@ -1372,7 +1372,7 @@ ABLATIONS = {       # name: its edits, each (file, text before, text after)
         ("model.py", "self.unembedding = nn.Parameter(torch.empty(V, d)) ", "self.unembedding = self.embedding "),
     ],
     "no s_qk": [
-        ("model.py", "        s_qk = self.s_qk()\n", "        s_qk = 1.0\n"),
+        ("model.py", " * self.s_qk().square()", ""),
         ("model.py", "        self.s_qk = Rescaler(H, 1, D, init=config.s_qk_init, scale=config.s_qk_scale)\n", ""),
     ],
     "gradient clipping": [
