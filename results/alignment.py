@@ -267,7 +267,6 @@ def make_runs(configs, every, path):
     """Train and measure the runs that the file does not have. Raises ValueError and OSError."""
     for config in configs:
         check(config)
-    train.quiet = True
     for i, config in enumerate(configs):
         name = f"{config.parametrization}, width {config.width}, seed {config.seed}"
         run = identity(config)
@@ -493,5 +492,6 @@ def main():
 
 
 if __name__ == "__main__":
+    train.quiet = True      # runs print no lines and no bar of their own
     show.prepare_terminal()
     main()

@@ -65,12 +65,6 @@ def write(path, rows):
     return path
 
 
-@pytest.fixture(autouse=True)
-def not_quiet_for_ever(monkeypatch):
-    """alignment.py makes train.py quiet; after a test it speaks again."""
-    monkeypatch.setattr(train, "quiet", False)
-
-
 @pytest.fixture
 def say(capsys, monkeypatch):
     """A function: what `python results/….py …` prints, or the sentence with which it leaves.

@@ -52,10 +52,8 @@ def make_data(folder, seed):
 
 @pytest.fixture(autouse=True)
 def forked_workers(monkeypatch):
-    """Workers are forked from this process, which has imported PyTorch. And train.py, made quiet by
-    a worker, speaks again after a test."""
+    """Workers are forked from this process, which has imported PyTorch."""
     monkeypatch.setattr(sweep, "START_METHOD", "fork")
-    monkeypatch.setattr(train, "quiet", False)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)       # as Python begins; --dry changes it
 
