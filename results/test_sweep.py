@@ -97,14 +97,14 @@ def settings(runs, *names):
 # Values
 
 
-VALUES = {      # option: its values, on a base of width 48, 400 steps and η = 0.0221
+VALUES = {      # option: its values, on a base of width 48, 400 steps and η = 2^-5.5
     "--width=24,48": [24, 48],
     "--width=1x,3/2x,4x": [48, 72, 192],
     "--steps=1x:16x:4": [400, 1600, 6400],
     "--learning_rate=0.001,0.01": [0.001, 0.01],
     "--learning_rate=2^-7,1e-2": [2 ** -7, 0.01],
     "--learning_rate=2^-8:2^-6:2": [2 ** -8, 2 ** -7, 2 ** -6],
-    "--learning_rate=1/2x:2x:2": [0.01105, 0.0221, 0.0442],
+    "--learning_rate=1/2x:2x:2": [0.01104855, 0.0220971, 0.0441942],
     "--schedule=cosine,wsd": ["cosine", "wsd"],
     "--seed=0,1,2": [0, 1, 2],
 }

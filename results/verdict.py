@@ -468,7 +468,7 @@ def judge_column(curves):
 def grid_in_words(curve):
     """What the grid of a curve lacks, in a few words."""
     if curve.add:
-        return "add " + " ".join(f"2^{x:.4g}" for x in curve.add)
+        return "add " + " ".join(f"2^{x:.5g}" for x in curve.add)
     if curve.radius < 2:
         return "diverges near the best"
     window = curve.x[curve.window]
