@@ -87,8 +87,8 @@ def rope(x, cos_sin):
 class Rescaler(nn.Module):
     """A trainable tensor that multiplies activations. Its value is raw · init/scale, and raw starts
     at scale: so `init` is where the value starts. Adam moves raw by about its learning rate a step,
-    whatever the gradient: so the value moves by about rate · init/scale, and 1/scale is its speed
-    in units of init. nGPT, section 2.5."""
+    whatever the gradient: so the value moves by about rate · init/scale a step, that is by
+    rate/scale of where it started. nGPT, section 2.5."""
 
     def __init__(self, *shape, init, scale):
         super().__init__()

@@ -8,13 +8,12 @@ Rows are quantities, columns are rules.
 
     rate of a tensor = η · schedule(step) · lr · lr_<its class> · <its class>_lr_mult
 
-The last factor is an option of train.py, 1 but for the unembedding: see "Constants" below. A
-rescaler is raw · init/scale, and raw starts at scale; its value moves by about rate · init/scale a
-step.
+The last factor is an option of train.py: see "Constants" below. A rescaler is raw · init/scale, and
+raw starts at scale; its value moves by about rate · init/scale a step.
 
 m_w = width / base_width, m_d = depth / base_depth, m_t = steps / base_steps,
 m_b = batch_size / base_batch_size, d = width, c = (base_width)^-1/2, α₀ = train.py's --alpha_init.
-A cell is a product of powers. A "?" marks what the papers' public text does not settle.
+A cell is a product of powers.
 """
 import argparse
 import re
@@ -48,7 +47,7 @@ VARIANTS = {
     "nugpt_full": ("nugpt", {"lr_hidden": "m_w^-1", "lr_unembedding": "m_w^-1"}),
     "nugpt_none": ("nugpt", {"lr_hidden": "m_w^-1/2", "lr_unembedding": "m_w^-1/2"}),
     # the paper's counter-example: its m_d^-1/2 breaks transfer over depth (section 4.5). The text
-    # does not settle its powers of width; they are nugpt's here, so that only depth differs.
+    # does not settle the cells marked "?"; they are nugpt's, so that only depth differs.
     "depth_mup": ("nugpt", {"lr_hidden": "m_w^-3/4? · m_d^-1/2", "lr_unembedding": "m_w^-3/4?",
                             "s_z_init": "m_w^1/2?", "alpha_init": "α₀·m_d^-1/2"}),
     # ours: with the same number of tokens m_t = 1/m_b, so that η grows as m_b^(1/6 + 1/3), √batch
@@ -67,6 +66,9 @@ Why these powers.
   alignment (nugpt_full). arXiv:2407.05872. The paper measured between, and takes m_w^-3/4 (nugpt).
   A row of the embedding is a hidden state: its entries are d^-1/2, and nothing is summed: m_w^-1/2.
   The logits E_out h are products of unit vectors and shrink as d^-1/2: s_z starts at m_w^1/2.
+  In mup s_z starts at 1 at every width, so that E_out may move √d times as much: m_w^-1/2.
+  Steps of α add up over the blocks: α₀·m_d^-1 keeps their sum. (Random ones would add up as a root:
+  m_d^-1/2, depth_mup.)
   nGPT's scale lets rescalers move faster, the wider the model; c keeps the speed of the base.
 Where the cells come from.
   ngpt      arXiv:2410.01131: no rule; rescaler scales that follow the width.
@@ -75,14 +77,16 @@ Where the cells come from.
             cosine and linear; wsd wants about -1/2.
   s_z_init  m_w^1/2 is missing from the paper's list of rules; Lemma 6.8 and section 7.5 need it.
 Constants.
-  --embedding_lr_mult (1), --unembedding_lr_mult (1/2) and --alpha_init (0.05) are tuned on the base
-  with η (sections 3.1 and 7.4; the paper's values in brackets). They hold for all columns, so that
-  at the base size all columns are one model and one optimizer, bit for bit.
+  --embedding_lr_mult, --unembedding_lr_mult and --alpha_init belong to the base and are tuned there
+  with η. The paper has 1, 1/2 and 0.05 (sections 3.1 and 7.4), train.py's defaults;
+  results/laptop.json has its own. They hold for all columns, so that at the base size all columns
+  are one model and one optimizer, bit for bit.
 """
 
 # Each parameter of model.py belongs to one class, which has a learning rate of its own.
-# A class is a list of names. A parameter belongs to it if a part of its own name is in the list:
-# blocks.3.W_q is hidden, since W_q is. For a class without a row lr_<class> that factor is 1.
+# A class is a list of names. A parameter belongs to it if one of the parts of its own name, between
+# the dots, is in the list: blocks.3.W_q is hidden, since W_q is. For a class without a row
+# lr_<class> that factor is 1.
 TENSOR_CLASSES = {
     "embedding": ["embedding"],
     "hidden": ["W_q", "W_k", "W_v", "W_O", "W_u", "W_nu", "W_oMLP"],
@@ -184,9 +188,10 @@ def parametrize(parametrization, *, width, depth, steps, batch_size,
 
     constants = constants or {}
     lr_scale = {}
-    for tensors in TENSOR_CLASSES:
-        rate = numbers.get(f"lr_{tensors}", 1.0)
-        lr_scale[tensors] = numbers["lr"] * rate * constants.get(tensors, 1.0)
+    for name in TENSOR_CLASSES:
+        class_factor = numbers.get(f"lr_{name}", 1.0)
+        constant = constants.get(name, 1.0)
+        lr_scale[name] = numbers["lr"] * class_factor * constant
     initial = {row: number for row, number in numbers.items() if not row.startswith("lr")}
     return initial, lr_scale
 
@@ -207,7 +212,7 @@ def class_of(name):
 def param_groups(model, lr_scale):
     """
     Adam's parameter groups, one for each tensor class, with its "name" and its "lr_scale".
-    Set group["lr"] = group["lr_scale"] · η. Raises ValueError as class_of does.
+    Set group["lr"] = group["lr_scale"] · η · schedule(step). Raises ValueError as class_of does.
     """
     groups = {}
     for name, parameter in model.named_parameters():

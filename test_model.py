@@ -2117,7 +2117,7 @@ def test_fingerprint_is_that_of_the_tokens_wherever_they_are(tmp_path):
         (tmp_path / f"{name}.txt").write_text(text)
         assert prepared(tmp_path / name, tmp_path / f"{name}.txt") is None
     a, b, c = [fingerprint(read_folder(tmp_path / name)[2]) for name in "abc"]
-    assert a == b != c and re.fullmatch("[0-9a-f]{16}", a)
+    assert a == b != c and re.fullmatch("t[0-9a-f]{15}", a)
 
 
 # ------------------------------------------------------------------------------------------------

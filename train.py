@@ -1,11 +1,11 @@
 """
 Train a normalized Transformer: in one process, on one node or on several.
 
-    python train.py --base=results/laptop.json                a small model, the base: for a CPU
-    python train.py --base=results/laptop.json --width=384    eight times as wide, the same η
-    torchrun --nproc_per_node=8 train.py --width=2048         eight GPUs
-    python train.py --out_dir=out/first --resume              continue a run, with its options
-    python train.py --out_dir=out/first --sample_only         print text from it
+    python train.py --base=results/laptop.json                   the base, a small model for a CPU
+    python train.py --base=results/laptop.json --width=384 --out_dir=out/wide       8 times as wide
+    torchrun --nproc_per_node=8 train.py --width=2048 --out_dir=out/large           eight GPUs
+    python train.py --out_dir=out/wide --resume                  continue a run, with its options
+    python train.py --out_dir=out/wide --sample_only             print text from it
 
 The fields of Config below are the options. This file reads from top to bottom: configuration, base,
 data, model and optimizer, schedule, evaluation, files of a run, the run itself, command line.
@@ -87,7 +87,7 @@ class Config:
     rescalers_lr_mult: float = option(1.0, "multiplies the rate of the rescalers")
 
     # optimization: Adam. A normalized Transformer needs no warm-up and no weight decay
-    learning_rate: float = option(0.0028, "η, the peak learning rate at the base (default_lr.csv)")
+    learning_rate: float = option(0.0028, "η, the peak learning rate at the base")
     steps: int = option(10_000, "optimizer steps")
     batch_size: int = option(64, "sequences a step, over all processes and micro-batches")
     micro_batch_size: int = option(16, "sequences a forward pass, at most; 0: all at once")
@@ -135,7 +135,7 @@ MAY_CHANGE_ON_RESUME = {
     "sample_tokens", "temperature", "top_k", "log_every", "eval_every", "checkpoint_every",
     "device", "compile",
 }
-# These, too, belong to one run: a base does not hand them on.
+# A base hands on neither those above nor these.
 NOT_FROM_A_BASE = MAY_CHANGE_ON_RESUME | {"seed", "vocab_size", "dtype", "init_from"}
 
 LOGGED_RESCALERS = ["alpha_A", "alpha_M", "s_z"]        # means of |α_A|, |α_M| and |s_z|
@@ -250,8 +250,8 @@ def read_base(path, config_class=Config):
         require(name in numbers, f"the base {path} has no {name}")
     base = {name: value for name, value in numbers.items() if name not in NOT_FROM_A_BASE}
 
-    # A hand-written file is itself the base. A run's config.json names the base_width, … at which
-    # the run's own η was stated: those stay.
+    # A hand-written file is itself the base. A run's config.json has a base_width, … already, where
+    # the run's own η was stated. They stay: models are scaled from the run's base, not from the run.
     for size in ("width", "depth", "steps", "batch_size"):
         base.setdefault(f"base_{size}", base[size])
     try:
@@ -436,7 +436,7 @@ def tune_cpu(config):
 def apply_table(config, columns=COLUMNS):
     """(initial values, multipliers of η) for config's model: what parametrize returns. This is the
     method. Raises ValueError as parametrize does."""
-    # 1 for a class of a fork that has no option …_lr_mult
+    # the options embedding_lr_mult, hidden_lr_mult, …; 1 for a class that has none
     constants = {tensors: getattr(config, f"{tensors}_lr_mult", 1.0) for tensors in TENSOR_CLASSES}
     return parametrize(
         config.parametrization,
@@ -867,7 +867,7 @@ def restore(path, config, model, optimizer, record):
     rates = [group["lr_scale"] for group in optimizer.param_groups]
     saved = [group["lr_scale"] for group in checkpoint["optimizer"]["param_groups"]]
     require(rates == saved, f"{path} was trained with other learning rates: has parametrize.py "
-                            "been edited?")
+                            "changed?")
     model.load_state_dict(checkpoint["model"])
     optimizer.load_state_dict(checkpoint["optimizer"])
     return checkpoint["progress"]
@@ -900,8 +900,8 @@ def describe(config, model, optimizer, meta, train_tokens, device, seconds_per_s
 
 def match_buckets(ddp, optimizer, batch, autocast):
     """Run one backward pass that changes no weight. After its first backward pass DDP sorts the
-    gradients into other buckets, whose sums over ranks have other last bits. The run that is
-    resumed had that behind it."""
+    gradients into other buckets, which changes the rounding of their sums. The original run was
+    already past that point, so a resumed run must be, too."""
     with autocast:
         _, loss = ddp(*batch)
     loss.backward()
@@ -1016,6 +1016,8 @@ def sample(config, build=build):
     check(config)
     device, autocast = open_device(config)
     model, _ = build(config, device)
+    require(checkpoint["model_config"] == asdict(model.config),
+            f"{config.out_dir} was trained with another model_config: has parametrize.py changed?")
     model.load_state_dict(checkpoint["model"])
     print_sample(model, checkpoint["data"].get("tokenizer"), config, autocast)
 

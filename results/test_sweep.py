@@ -4,7 +4,6 @@ import fcntl
 import json
 import multiprocessing
 import os
-import resource
 import shlex
 import shutil
 import signal
@@ -365,10 +364,19 @@ def test_a_row_without_its_end_which_a_crash_left_goes_away(data, tmp_path):
 def test_a_full_disk_leaves_whole_rows_and_the_repeated_command_the_others(data, tmp_path):
     table = tmp_path / "a.csv"
     command = [f"--results={table}", f"--data={data}", "--workers=1", *TINY, "--learning_rate=0.01,0.02,0.03,0.04"]
-    code = f"import sweep; sweep.START_METHOD = 'fork'; raise SystemExit(sweep.main())"
-    limit = 1024
-    done = subprocess.run([sys.executable, "-c", code, *command], cwd=ROOT / "results", capture_output=True, text=True,
-                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    code = """if True:
+        import resource, sweep
+        start_workers = sweep.start_workers
+        def start_workers_then_limit(*args):        # the disk is full for the table alone
+            workers = start_workers(*args)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))
+            return workers
+        sweep.start_workers = start_workers_then_limit
+        sweep.START_METHOD = "fork"
+        raise SystemExit(sweep.main())
+    """
+    done = subprocess.run([sys.executable, "-c", code, *command], cwd=ROOT / "results",
+                          capture_output=True, text=True)
     assert done.returncode == 1
     assert "sweep.py: " in done.stderr and "Traceback" not in done.stderr
     assert table.read_bytes()[-1:] in (b"", b"\n")
