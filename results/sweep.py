@@ -184,6 +184,11 @@ def identity(config, data_fingerprint):
     return identity_of_row({**asdict(config), "data_fingerprint": data_fingerprint})
 
 
+def printable(text):
+    """The text with bytes of a path that are not UTF-8 written out, as \\udce9."""
+    return text.encode("utf-8", errors="backslashreplace").decode()
+
+
 def identity_of_row(row):
     """The identity of the run that a row of the table is of."""
     values = []
@@ -191,6 +196,8 @@ def identity_of_row(row):
         value = row.get(name, getattr(plain.Config, name))
         if isinstance(value, float):
             value = float(f"{value:.6g}")
+        if isinstance(value, str):
+            value = printable(value)
         values.append(value)
     return (*values, row["data_fingerprint"])
 
@@ -244,7 +251,7 @@ class Table:
 
     def header(self):
         """The columns of the file, in its order. Raises ValueError if rows would not fit."""
-        with open(self.path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+        with open(self.path, newline="", encoding="utf-8-sig", errors="replace") as file:
             columns = next(csv.reader(file))
         missing = [name for name in self.columns if name not in columns]
         if missing:
@@ -266,7 +273,7 @@ class Table:
         elif not self.path.read_bytes().endswith(b"\n"):
             text.write("\n")        # which an editor took away
         writer.writerow({name: row.get(name) for name in self.columns})
-        content = text.getvalue().encode("utf-8", errors="surrogateescape")
+        content = printable(text.getvalue()).encode()
         try:
             written = self.lock.write(content)
             if written < len(content):

@@ -402,11 +402,13 @@ def test_a_folder_spelled_in_another_way_is_the_same_data(data, tmp_path, monkey
     assert len(read_csv(table)) == 1
 
 
-def test_paths_may_hold_anything(data, tmp_path):
-    odd = tmp_path / "my 'R&D' back\\slash"
-    moved = shutil.copytree(data, odd)
-    assert tiny(moved, odd / "a|b.csv") == 0
-    assert len(verdict.read_results(odd / "a|b.csv")) == 1
+@pytest.mark.parametrize("name", ["my 'R&D' back\\slash", os.fsdecode(b"caf\xe9")])
+def test_paths_may_hold_anything(name, data, tmp_path):
+    odd = shutil.copytree(data, tmp_path / name)
+    table = odd / "a|b.csv"
+    assert tiny(odd, table) == 0
+    assert tiny(odd, table) == 0
+    assert len(verdict.read_results(table)) == 1
 
 
 # ------------------------------------------------------------------------------------------------
