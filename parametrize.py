@@ -47,10 +47,11 @@ VARIANTS = {
     "nugpt_full": ("nugpt", {"lr_hidden": "m_w^-1", "lr_unembedding": "m_w^-1"}),
     "nugpt_none": ("nugpt", {"lr_hidden": "m_w^-1/2", "lr_unembedding": "m_w^-1/2"}),
     # the paper's counter-example: its m_d^-1/2 breaks transfer over depth (section 4.5). The text
-    # does not settle the cells marked "?"; they are nugpt's, so that only depth differs.
+    # does not settle the cells marked "?" (a remark, which value() ignores); they are nugpt's, so
+    # that only depth differs.
     "depth_mup": ("nugpt", {"lr_hidden": "m_w^-3/4? · m_d^-1/2", "lr_unembedding": "m_w^-3/4?",
                             "s_z_init": "m_w^1/2?", "alpha_init": "α₀·m_d^-1/2"}),
-    # ours: with the same number of tokens m_t = 1/m_b, so that η grows as m_b^(1/6 + 1/3), √batch
+    # ours: if the number of tokens is kept, m_t is 1/m_b, and lr is m_b^1/6 · m_b^1/3 = m_b^1/2
     "nugpt_batch": ("nugpt", {"lr": "m_b^1/6 · m_t^-1/3"}),
     # ours: the alignment measured in results/alignment.csv
     "measured": ("nugpt", {"lr_hidden": "m_w^-0.86", "lr_unembedding": "m_w^-0.83"}),
@@ -69,9 +70,11 @@ Why these powers.
   In mup s_z starts at 1 at every width, so that E_out may move √d times as much: m_w^-1/2.
   Steps of α add up over the blocks: α₀·m_d^-1 keeps their sum. (Random ones would add up as a root:
   m_d^-1/2, depth_mup.)
-  nGPT's scale lets rescalers move faster, the wider the model; c keeps the speed of the base.
+  A rescaler moves by rate / scale of its init a step: with nGPT's d^-1/2 the faster, the wider the
+  model is, with c as fast as in the base.
 Where the cells come from.
-  ngpt      arXiv:2410.01131: no rule; rescaler scales that follow the width.
+  ngpt      arXiv:2410.01131: no rule for rates; scales that follow the width. With the constants
+            below at 1 it is nGPT as published.
   mup       the paper's "μP for widths". It states the power of m_t; a lemma gives the other cells.
   nugpt     arXiv:2604.27077. m_t^-1/3 is a fit, not a theorem (section 4.6). It fits the schedules
             cosine and linear; wsd wants about -1/2.
@@ -217,7 +220,7 @@ def param_groups(model, lr_scale):
     groups = {}
     for name, parameter in model.named_parameters():
         tensors = class_of(name)
-        scale = lr_scale[tensors]       # a fork may give each layer another: then it has its group
+        scale = lr_scale[tensors]       # if a fork changes it for a layer, that gets its own group
         if (tensors, scale) not in groups:
             groups[tensors, scale] = {"params": [], "name": tensors, "lr_scale": scale}
         groups[tensors, scale]["params"].append(parameter)
@@ -254,7 +257,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: sys.exit(f"parametrize.py: {message} (see --help)")
-    # the paper's base has 10 heads of 102 and 10 layers; its steps and batch are not given
+    # the paper's base has 10 heads of 102, here rounded to 1024, and 10 layers; its number of
+    # steps is not given
     defaults = {"width": 1024, "depth": 10, "steps": 10_000, "batch_size": 64}
     for name, default in defaults.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")

@@ -135,7 +135,7 @@ MAY_CHANGE_ON_RESUME = {
     "sample_tokens", "temperature", "top_k", "log_every", "eval_every", "checkpoint_every",
     "device", "compile",
 }
-# A base hands on neither those above nor these.
+# A base hands on none of the options above, and none of these four.
 NOT_FROM_A_BASE = MAY_CHANGE_ON_RESUME | {"seed", "vocab_size", "dtype", "init_from"}
 
 LOGGED_RESCALERS = ["alpha_A", "alpha_M", "s_z"]        # means of |α_A|, |α_M| and |s_z|
@@ -250,8 +250,8 @@ def read_base(path, config_class=Config):
         require(name in numbers, f"the base {path} has no {name}")
     base = {name: value for name, value in numbers.items() if name not in NOT_FROM_A_BASE}
 
-    # A hand-written file is itself the base. A run's config.json has a base_width, … already, where
-    # the run's own η was stated. They stay: models are scaled from the run's base, not from the run.
+    # A hand-written file is itself the base. A run's config.json names the base for which its η
+    # holds, base_width, …, and keeps it: models are scaled from the run's base, not from the run.
     for size in ("width", "depth", "steps", "batch_size"):
         base.setdefault(f"base_{size}", base[size])
     try:
@@ -735,7 +735,7 @@ def train(config, build=build, after_step=None):
     if after_step:
         after_step(step, model)
 
-    status = "finished"     # which a run is that has no step left
+    status = "finished"     # if a finished run is resumed: then no step is left
     bar = tqdm(total=config.steps, initial=step, disable=rank > 0 or quiet,
                mininterval=1 if sys.stderr.isatty() else 10)
     clock = time.perf_counter()         # at the last report
