@@ -152,10 +152,10 @@ def initial_model(**changes):
     return model
 
 
-def process(*argv, preexec_fn=None, **env):
+def process(*argv, **env):
     """A finished process of Python, in the repository."""
     return subprocess.run([sys.executable, *map(str, argv)], cwd=HERE, capture_output=True, text=True,
-                          errors="surrogateescape", preexec_fn=preexec_fn,
+                          errors="surrogateescape",
                           env={**os.environ, "OMP_NUM_THREADS": "1", **env})
 
 
@@ -887,15 +887,19 @@ def test_torchrun_told_to_stop_saves(data, tmp_path):
     assert said.count(last) == 1, errors
 
 
-def test_a_full_disk_ends_the_run_in_one_sentence_and_keeps_the_checkpoint_before(data, tmp_path):
+def test_a_full_disk_ends_the_run_in_one_sentence_and_keeps_the_checkpoint_before(data, tmp_path, capfd):
     assert signaled(signal.SIGKILL, 6, *options(data, tmp_path)) == -signal.SIGKILL
     before = (tmp_path / "ckpt.pt").read_bytes()
     limit = len(before) // 2
-    done = process(HERE / "train.py", f"--out_dir={tmp_path}", "--resume",
-                   preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
-    assert re.search(r"(?m)^train.py: .*ckpt.pt could not be written .*; the last is untouched", done.stderr)
+
+    def no_room(step):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    capfd.readouterr()
+    assert outcome(start(f"--out_dir={tmp_path}", "--resume", before_step=no_room)) == 1
+    said = capfd.readouterr().err
+    assert "Traceback" not in said
+    assert re.search(r"(?m)^train.py: .*ckpt.pt could not be written .*; the last is untouched", said)
     assert (tmp_path / "ckpt.pt").read_bytes() == before
     assert not list(tmp_path.glob("*.tmp"))
 
@@ -1273,17 +1277,18 @@ def test_a_batch_that_ranks_cannot_share_is_refused(data, tmp_path):
     assert ranks(3, *options(data, tmp_path, batch_size=4)) == [1, 1, 1]
 
 
-def test_world_size_without_torchruns_other_variables_gets_one_sentence(data):
-    done = process(HERE / "train.py", *options(data, ""), WORLD_SIZE="2", RANK="0")
-    assert done.returncode == 1
-    assert "start several processes by torchrun, or unset WORLD_SIZE" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_world_size_without_torchruns_other_variables_gets_one_sentence(data, monkeypatch):
+    monkeypatch.setattr(train, "world_size", 2)
+    sentence = run(*options(data, ""))
+    assert is_sentence(sentence)
+    assert "start several processes by torchrun, or unset WORLD_SIZE" in sentence
 
 
-def test_a_rank_without_a_world_gets_one_sentence(data):
-    done = process(HERE / "train.py", *options(data, ""), RANK="1", WORLD_SIZE="")
-    assert "RANK is 1, but there are 1 processes" in done.stderr
-    assert done.returncode == 1
+def test_a_rank_without_a_world_gets_one_sentence(data, monkeypatch):
+    monkeypatch.setattr(train, "rank", 1)
+    sentence = run(*options(data, ""))
+    assert is_sentence(sentence)
+    assert "RANK is 1, but there are 1 processes" in sentence
 
 
 def test_help_explains_every_option():
@@ -1293,9 +1298,9 @@ def test_help_explains_every_option():
         assert f.metadata["help"].split()[0] in text
 
 
-@pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
-def test_a_terminal_that_lacks_letters_does_not_end_a_run(encoding, data):
-    done = process(HERE / "train.py", *options(data, "", sample_tokens=30), PYTHONIOENCODING=encoding)
+def test_a_terminal_that_lacks_letters_does_not_end_a_run(data):
+    command = options(data, "", sample_tokens=30)
+    done = process(HERE / "train.py", *command, PYTHONIOENCODING="ascii")
     assert done.returncode == 0
     assert done.stdout.splitlines()[-1].startswith("final: ")
 
@@ -1315,8 +1320,7 @@ def test_paths_may_hold_anything_and_never_reach_a_shell(data, tmp_path):
     copy_scripts(odd)
     moved = shutil.copytree(data, odd / "my data")
     command = options(moved, odd / "my run", steps=1)
-    done = subprocess.run([sys.executable, "-OO", odd / "train.py", *command], cwd=odd, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert outcome(start(*command, folder=odd)) == 0
     assert (odd / "my run" / "ckpt.pt").exists()
     assert not (odd / "ran").exists()
 
