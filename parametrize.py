@@ -41,17 +41,18 @@ ROW_SETS = {
 # More columns, each a line: the column it starts from, and the cells that differ. Yours is such a
 # line. A line may set any row of the table, the numbers in ROW_SETS one by one, and also
 # lr_rescalers, s_qk_init, s_u_init, s_u_scale, s_nu_init and s_nu_scale, which are 1 if no line
-# sets them. Tables of results have a column's name, not its cells: rename a column you edit.
+# sets them. A file of results records a column's name alone: rename a column that you edit.
 VARIANTS = {
     # the two ends between which the paper's -3/4 lies: see "Why these powers"
     "nugpt_full": ("nugpt", {"lr_hidden": "m_w^-1", "lr_unembedding": "m_w^-1"}),
     "nugpt_none": ("nugpt", {"lr_hidden": "m_w^-1/2", "lr_unembedding": "m_w^-1/2"}),
-    # the paper's counter-example: its m_d^-1/2 breaks transfer over depth (section 4.5). The text
-    # does not settle the cells marked "?" (a remark, which value() ignores); they are nugpt's, so
-    # that only depth differs.
+    # the paper's counter-example, the usual μP over depth: rates and α with m_d^-1/2. It breaks
+    # transfer over depth (section 4.5). The paper does not settle the cells marked "?" (a remark,
+    # which value() ignores); they are nugpt's, so that only depth differs.
     "depth_mup": ("nugpt", {"lr_hidden": "m_w^-3/4? · m_d^-1/2", "lr_unembedding": "m_w^-3/4?",
                             "s_z_init": "m_w^1/2?", "alpha_init": "α₀·m_d^-1/2"}),
-    # ours: if the number of tokens is kept, m_t is 1/m_b, and lr is m_b^1/6 · m_b^1/3 = m_b^1/2
+    # ours: 1/6 is chosen so that at an equal number of tokens, where m_t is 1/m_b, lr is m_b^1/2,
+    # the square-root rule
     "nugpt_batch": ("nugpt", {"lr": "m_b^1/6 · m_t^-1/3"}),
     # ours: the alignment measured in results/alignment.csv
     "measured": ("nugpt", {"lr_hidden": "m_w^-0.86", "lr_unembedding": "m_w^-0.83"}),
@@ -67,15 +68,16 @@ Why these powers.
   alignment (nugpt_full). arXiv:2407.05872. The paper measured between, and takes m_w^-3/4 (nugpt).
   A row of the embedding is a hidden state: its entries are d^-1/2, and nothing is summed: m_w^-1/2.
   The logits E_out h are products of unit vectors and shrink as d^-1/2: s_z starts at m_w^1/2.
-  In mup s_z starts at 1 at every width, so that E_out may move √d times as much: m_w^-1/2.
+  mup is fully aligned, too, but leaves s_z at 1: the m_w^1/2 that s_z lacks goes to the rate of
+  E_out, m_w^-1 · m_w^1/2. Its logits start smaller in wide models; what is learned keeps its size.
   Steps of α add up over the blocks: α₀·m_d^-1 keeps their sum. (Random ones would add up as a root:
   m_d^-1/2, depth_mup.)
   A rescaler moves by rate / scale of its init a step: with nGPT's d^-1/2 the faster, the wider the
   model is, with c as fast as in the base.
 Where the cells come from.
-  ngpt      arXiv:2410.01131: no rule for rates; scales that follow the width. With the constants
-            below at 1 it is nGPT as published.
-  mup       the paper's "μP for widths". It states the power of m_t; a lemma gives the other cells.
+  ngpt      arXiv:2410.01131: no rule for rates; scales that follow the width. nGPT as published has
+            both …_lr_mult at 1.
+  mup       "μP for widths" of arXiv:2604.27077. Its text gives the power of m_t, a lemma the rest.
   nugpt     arXiv:2604.27077. m_t^-1/3 is a fit, not a theorem (section 4.6). It fits the schedules
             cosine and linear; wsd wants about -1/2.
   s_z_init  m_w^1/2 is missing from the paper's list of rules; Lemma 6.8 and section 7.5 need it.

@@ -250,8 +250,8 @@ def read_base(path, config_class=Config):
         require(name in numbers, f"the base {path} has no {name}")
     base = {name: value for name, value in numbers.items() if name not in NOT_FROM_A_BASE}
 
-    # A hand-written file is itself the base. A run's config.json names the base for which its η
-    # holds, base_width, …, and keeps it: models are scaled from the run's base, not from the run.
+    # A hand-written file is itself the base. A run's config.json has base_width, base_depth, …
+    # already. They are kept: models are scaled from that run's base, not from the run.
     for size in ("width", "depth", "steps", "batch_size"):
         base.setdefault(f"base_{size}", base[size])
     try:
@@ -285,7 +285,7 @@ def not_carried(config, meta):
 
 
 # ------------------------------------------------------------------------------------------------
-# Data: where sequences begin is a pure function of (seed, step)
+# Data: where sequences begin depends on nothing but seed, step and sizes
 
 
 def open_data(config):
@@ -459,7 +459,7 @@ def build(config, device):
 
 
 def make_optimizer(model, lr_scale, config):
-    """AdamW with a group for each tensor class. Only matrices decay, if any."""
+    """AdamW with a group for each tensor class. Rescalers do not decay."""
     groups = param_groups(model, lr_scale)
     for group in groups:
         group["weight_decay"] = 0.0 if group["name"] == "rescalers" else config.weight_decay
@@ -556,7 +556,7 @@ def draw_sample(model, tokenizer, config, autocast):
         text = "def "       # that data is Python source
     prompt = tokenizer.encode([text])[0]
     if len(prompt) == 0:
-        prompt = [tokenizer.end_of_text or ord("\n")]
+        prompt = [ord("\n") if tokenizer.end_of_text is None else tokenizer.end_of_text]
     torch.manual_seed(config.seed)
     tokens = torch.tensor([list(prompt)], dtype=torch.int64, device=model.embedding.device)
     top_k = config.top_k or None
