@@ -154,8 +154,8 @@ class Block(nn.Module):
 
     def mlp(self, h):
         """(B, T, d) to (B, T, d)."""
-        # u = (W_u h) ⊙ s_u and ν = (W_ν h) ⊙ s_ν · √d. The same product, 8 % of a step faster
-        # (one CPU core): the factors multiply the rows of W instead.
+        # u = (W_u h) ⊙ s_u and ν = (W_ν h) ⊙ s_ν · √d. The same product, 2 % of a step faster
+        # (width 264 on a CPU core, bf16): the factors multiply the rows of W instead.
         s_u = self.s_u()
         s_nu = self.s_nu() * math.sqrt(self.config.width)
         u = F.linear(h, self.W_u * s_u[:, None])        # (B, T, m)

@@ -892,7 +892,7 @@ def describe(config, model, optimizer, meta, train_tokens, device, seconds_per_s
     if epochs > 4:
         say("more than 4 epochs teach little; new text: "
             f"`python prepare_data.py fineweb --tokens={tokens:.0e}`")
-    say(f"a step takes at least {seconds_per_step:.2g} s here: the time of its matrix products, at "
+    say(f"a step takes at least {seconds_per_step:.3g} s here: the time of its matrix products, at "
         "the rate of a large one")
     if device.type == "cpu" and seconds_per_step > 60:
         say("that is for a GPU; for a CPU there is `python train.py --base=results/laptop.json`")
