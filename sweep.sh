@@ -47,8 +47,8 @@ case $name in
         ;;
     laptop)
         sweep --seed=0 \
-            + --parametrization=nugpt --width=1x,2x,3x --learning_rate=2^-1x:2^1.5x:2^.5 \
-            + --parametrization=ngpt --width=2x,3x --learning_rate=2^-2x:2^.5x:2^.5
+            + --parametrization=nugpt --width=1x,3/2x,3x --learning_rate=2^-1x:2^1.5x:2^.5 \
+            + --parametrization=ngpt --width=3/2x,3x --learning_rate=2^-2x:2^.5x:2^.5
         ;;
     width)
         sweep $seeds \

@@ -208,6 +208,32 @@ def powers_table(axis, verdicts):
     return table(rows)
 
 
+def largest_common_size(tables):
+    """The largest size that is in each table of {value: {column: Verdict}}; None without one."""
+    sizes = []
+    for verdicts in tables.values():
+        sizes.append({size for verdict in verdicts.values() for size in verdict.curves})
+    return max(set.intersection(*sizes), default=None)
+
+
+def regret_at(size, verdict):
+    """The text of a column's regret at a size, or - where it has none."""
+    return regret_text(verdict.curves[size]) if size in verdict.curves else "-"
+
+
+def report_tables(axis, other, tables):
+    """{value of `other`: {column: Verdict}} of verdict.judge_tables as text."""
+    size = largest_common_size(tables)
+    rows = [("column", other, "drift [95 % interval]", f"regret at {axis} {size:,.0f}")]
+    for name in in_order({name for verdicts in tables.values() for name in verdicts}):
+        for value, verdicts in tables.items():
+            if name in verdicts:
+                verdict = verdicts[name]
+                drift = interval_text(verdict.drift)
+                rows.append((name, f"{value:,.0f}", drift, regret_at(size, verdict)))
+    return table(rows)
+
+
 def interval_text(drift):
     """+0.10 [+0.05, +0.15] of a pair (0.1, 0.05), or - of None."""
     if drift is None:
@@ -492,6 +518,46 @@ def draw(axis, verdicts, path):
         panels[0].set_ylim(limits)
     fullest = max(panels, key=lambda panel: len(panel.get_legend_handles_labels()[1]))
     fullest.legend(title=axis, fontsize=13, title_fontsize=13)
+    figure.savefig(path)
+
+
+def draw_tables(axis, other, tables, path):
+    """Draws drift, with intervals, and regret at the largest common size, against `other`."""
+    size = largest_common_size(tables)
+    figure = new_figure(7, 7, dpi=120)
+    above, below = figure.subplots(2, 1, sharex=True)
+    names = in_order({name for verdicts in tables.values() for name in verdicts})
+    for place, name in enumerate(names):
+        apart = 1.03 ** (place - (len(names) - 1) / 2)      # so that intervals do not overlap
+        drifts = []
+        regrets = []
+        for value, verdicts in tables.items():
+            if name not in verdicts:
+                continue
+            verdict = verdicts[name]
+            if verdict.drift:
+                slope, half = verdict.drift
+                drifts.append((value * apart, slope, half if half < math.inf else math.nan))
+            regret = verdict.curves[size].regret if size in verdict.curves else None
+            if regret is not None and regret < math.inf:
+                regrets.append((value * apart, regret))
+        if drifts:
+            x, slope, half = zip(*drifts)
+            above.errorbar(x, slope, yerr=half, fmt="o-", capsize=4, label=name)
+        if regrets:
+            below.plot(*zip(*regrets), "o-", label=name)
+    above.axhline(0, color="gray", lw=1.2, ls=":")
+    above.set_ylabel(f"drift, octaves a doubling of {axis}", fontsize=12)
+    above.legend(fontsize=12)
+    below.set_yscale("symlog", linthresh=0.001)
+    below.set_ylim(bottom=0)
+    below.set_ylabel(f"regret at {axis} {size:,.0f}, nats", fontsize=12)
+    below.set_xscale("log")
+    below.set_xticks(list(tables), [f"{value:,.0f}" for value in tables])
+    below.minorticks_off()
+    below.set_xlabel(other, fontsize=12)
+    for panel in (above, below):
+        panel.grid(alpha=0.25)
     figure.savefig(path)
 
 

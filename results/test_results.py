@@ -712,6 +712,46 @@ def test_only_the_columns_asked_for_are_shown(tmp_path, say):
     assert "not of nugpt_full" in say(f"results/verdict.py {path} --columns=nugpt_full")
 
 
+def with_steps(rows, steps):
+    """The rows as of runs of another length, which their base has, too."""
+    return [{**row, "steps": steps, "base_steps": steps} for row in rows]
+
+
+def test_several_tables_show_how_drift_and_regret_follow_the_steps(tmp_path, say):
+    long = with_steps(sweep({"ngpt": -0.75, "nugpt": 0.0}, sizes=(48, 192)), 6400)
+    short = sweep({"ngpt": -0.5, "nugpt": 0.25})
+    paths = f"{write(tmp_path / 'long.csv', long)} {write(tmp_path / 'short.csv', short)}"
+    out = say(f"results/verdict.py {paths} --plot={tmp_path}/a.png")
+    rows = [line.split() for line in out.strip().splitlines()[1:]]
+    # a parabola 0.03 · (2 doublings · drift)² away from its lowest point
+    assert rows == [
+        ["ngpt", "400", "-0.50", "[-0.50,", "-0.50]", "0.0300"],
+        ["ngpt", "6,400", "-0.75", "[-0.75,", "-0.75]", "0.0675"],
+        ["nugpt", "400", "+0.25", "[+0.25,", "+0.25]", "0.0075"],
+        ["nugpt", "6,400", "+0.00", "[-0.00,", "+0.00]", "0.0000"],
+    ]
+    out = say(f"results/verdict.py {paths} --columns=nugpt")
+    assert "ngpt " not in out.replace("nugpt", "")
+    assert "not of mup" in say(f"results/verdict.py {paths} --columns=mup")
+
+
+NOT_SIDE_BY_SIDE = [
+    ("the tables have no width in common",
+     with_steps(sweep({"ngpt": 0.0}, sizes=(60, 120)), 1600)),
+    ("sweep over width, but", sweep({"ngpt": 0.0}, sizes=(2, 4), axis="depth")),
+    ("differ in one other of width, depth, steps", sweep({"ngpt": 0.0})),
+    ("differ in one other of width, depth, steps",
+     [{**row, "depth": 8} for row in with_steps(sweep({"ngpt": 0.0}), 1600)]),
+]
+
+
+@pytest.mark.parametrize("words, other", NOT_SIDE_BY_SIDE)
+def test_tables_that_cannot_stand_side_by_side_are_refused(tmp_path, say, words, other):
+    first = write(tmp_path / "a.csv", sweep({"ngpt": 0.0}))
+    second = write(tmp_path / "b.csv", other)
+    assert words in say(f"results/verdict.py {first} {second}")
+
+
 # ------------------------------------------------------------------------------------------------
 # Alignment: one model
 

@@ -2,6 +2,7 @@
 The verdict on a results table: does the best learning rate η stay where it is as models grow?
 
     python results/verdict.py results/width_1600.csv --plot=picture.png
+    python results/verdict.py results/width_100.csv results/width_1600.csv    how drift follows steps
 
 results/sweep.py makes such a table, a row a run. If all runs are of one size, and several
 hyperparameters have many values, then the table is a random search. Its verdict is the best
@@ -47,7 +48,8 @@ VARYING = ["parametrization", *AXES, "learning_rate", "seed", "dtype"]
 # These are as a column wants them at a number of steps and a batch size.
 RECIPE = ["warmup_steps", "weight_decay", "beta1", "beta2", "eps", *MULTS, "embedding_std"]
 # These a random search may vary.
-SEARCHED = ["learning_rate", "alpha_init", *MULTS, "weight_decay", "warmup_steps", "embedding_std"]
+SEARCHED = ["learning_rate", "alpha_init", *MULTS, "weight_decay", "warmup_steps", "beta2",
+            "min_lr_ratio", "embedding_std"]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -612,6 +614,42 @@ def powers_of(column, classes, verdict, runs_of_size):
     return powers
 
 
+def judge_tables(paths, axis=None, control="ngpt"):
+    """
+    (axis, another of AXES, {its value: {column: Verdict}}) of sweeps over the same axis, a table
+    each. Each table has one value of the other, such as the number of steps. Raises ValueError if
+    the tables do not go together.
+    """
+    verdicts_of = {}
+    axes = {}           # {table: what its size is}
+    values_of = {}      # {one of AXES: its values in each table}
+    for path in paths:
+        runs = read_runs(path)
+        axes[path], verdicts_of[path] = judge(runs, axis, control)
+        for key in AXES:
+            values_of.setdefault(key, []).append({run[key] for run in runs})
+    axis = axes[paths[0]]
+    for path in paths:
+        if axes[path] != axis:
+            raise ValueError(f"{paths[0]} is a sweep over {axis}, but {path} over {axes[path]}")
+
+    differing = []
+    for key, values in values_of.items():
+        of_one = all(len(its_values) == 1 for its_values in values)
+        if of_one and len(set.union(*values)) == len(paths):
+            differing.append(key)
+    if len(differing) != 1:
+        raise ValueError(f"several sweeps over {axis} are shown side by side if they differ in one "
+                         f"other of {', '.join(AXES)}, and each has one value of it")
+    sizes = [set.union(*(set(verdict.curves) for verdict in verdicts.values()))
+             for verdicts in verdicts_of.values()]
+    if len(set.intersection(*sizes)) == 0:
+        raise ValueError(f"the tables have no {axis} in common")
+    other = differing[0]
+    values = [its_values.pop() for its_values in values_of[other]]
+    return axis, other, dict(sorted(zip(values, verdicts_of.values())))
+
+
 def difference(optima, control):
     """The drift of a column less the control's, from {(size, seed): best x} of both."""
     return drift({key: optima[key] - control[key] for key in optima if key in control})
@@ -675,7 +713,8 @@ def rank(runs, keys):
 
 def parse_args():
     parser = show.ArgumentParser("verdict.py", __doc__)
-    parser.add_argument("results", metavar="RESULTS.csv", type=expanduser)
+    parser.add_argument("results", nargs="+", metavar="RESULTS.csv", type=expanduser,
+                        help="one table; or several, which differ in steps, say")
     parser.add_argument("--plot", metavar="FILE.png", type=expanduser, help="draw a picture, too")
     parser.add_argument("--columns", metavar="NAME,NAME", help="show only these")
     parser.add_argument("--control", default="ngpt", choices=COLUMNS,
@@ -695,11 +734,31 @@ def choose(verdicts, names):
     return chosen
 
 
-def print_verdict(args):
-    """Print the verdict, and draw it if asked. Raises ValueError and OSError."""
-    runs = read_results(args.results)
+def read_runs(path):
+    """The runs of a results table, as read_results has them. Raises ValueError if there are none."""
+    runs = read_results(path)
     if not runs:
-        raise ValueError(f"{args.results} has no rows")
+        raise ValueError(f"{path} has no rows")
+    return runs
+
+
+def print_verdicts(args):
+    """Print how drift and regret differ between tables, and draw it if asked. Raises ValueError and
+    OSError."""
+    axis, other, tables = judge_tables(args.results, args.axis, args.control)
+    if args.columns:
+        of_any = {name: None for verdicts in tables.values() for name in verdicts}
+        wanted = choose(of_any, args.columns)
+        for value, verdicts in tables.items():
+            tables[value] = {name: verdicts[name] for name in wanted if name in verdicts}
+    print(show.report_tables(axis, other, tables))
+    if args.plot:
+        show.draw_tables(axis, other, tables, args.plot)
+
+
+def print_verdict(args):
+    """Print the verdict on one table, and draw it if asked. Raises ValueError and OSError."""
+    runs = read_runs(args.results[0])
     dtypes = sorted({run["dtype"] for run in runs})
     if len(dtypes) > 1:
         print(f"Runs of dtype {' and '.join(dtypes)} stand side by side. "
@@ -724,7 +783,10 @@ def print_verdict(args):
 def main():
     args = parse_args()
     try:
-        print_verdict(args)
+        if len(args.results) > 1:
+            print_verdicts(args)
+        else:
+            print_verdict(args)
     except (ValueError, OSError) as error:
         sys.exit(f"verdict.py: {error}")
 
