@@ -54,8 +54,6 @@ VARIANTS = {
     # ours: 1/6 is chosen so that at an equal number of tokens, where m_t is 1/m_b, lr is m_b^1/2,
     # the square-root rule
     "nugpt_batch": ("nugpt", {"lr": "m_b^1/6 · m_t^-1/3"}),
-    # ours: the alignment measured in results/alignment.csv
-    "measured": ("nugpt", {"lr_hidden": "m_w^-0.86", "lr_unembedding": "m_w^-0.83"}),
 }
 
 REASONS = """
