@@ -26,6 +26,9 @@ COLUMNS = {**parametrize.COLUMNS, **plain.COLUMNS}
 # Columns are shown from nGPT to νGPT. Others follow as their own tables have them.
 ORDER = ["ngpt", "mup", "depth_mup", "nugpt_full", "nugpt_none", "nugpt"]
 
+# In a random search these are spread evenly; all others are, by their logarithms.
+LINEAR = {"warmup_steps", "beta2", "min_lr_ratio"}
+
 
 # ------------------------------------------------------------------------------------------------
 # Terminals and files
@@ -322,16 +325,26 @@ def report_search(ranked, scatter, keys):
 
 
 def range_to_widen(key, best, tried):
-    """A sentence if the best value is in an outer tenth of those tried, by logarithms; else ""."""
-    tried = [value for value in tried if value > 0]
+    """A sentence if the best value is in an outer tenth of those tried, by logarithms or, of some
+    options, by the values themselves; else ""."""
+    if key in LINEAR:
+        scale = float
+    else:
+        scale = math.log
+        tried = [value for value in tried if value > 0]
     low = min(tried, default=math.inf)
     high = max(tried, default=0)
     if best < low or low >= high:
         return ""
-    place = math.log(best / low) / math.log(high / low)
-    if 0.1 <= place <= 0.9:
+    place = (scale(best) - scale(low)) / (scale(high) - scale(low))
+    if place < 0.1:
+        where = "downwards"
+    elif place > 0.9:
+        where = "upwards"
+    else:
         return ""
-    where = "downwards" if place < 0.5 else "upwards"
+    if where == "downwards" and key in LINEAR and low < 0.1 * high:
+        return ""       # the range ends at 0, below which there is nothing
     return f"widen {key} {where}: the best is {best:.3g} of {low:.3g} to {high:.3g}"
 
 
@@ -612,7 +625,8 @@ def draw_search(ranked, keys, path):
     for panel, i in zip(panels, varying):
         panel.plot([setting.values[i] for setting in ranked], losses, "o", color="C0", alpha=0.6)
         panel.plot(ranked[0].values[i], ranked[0].loss, "*", color="C1", ms=22, mec="black")
-        panel.set_xscale("log", base=2)
+        if keys[i] not in LINEAR:
+            panel.set_xscale("log", base=2)
         panel.set_xlabel(keys[i], fontsize=15)
     figure.savefig(path)
 
