@@ -32,8 +32,8 @@ class GPTConfig:
     seq_len: int = 1024         # longest context
     mlp_ratio: float = 8 / 3    # width of the MLP over the width of the model
 
-    # Where each rescaler starts, and how fast Adam moves it: see Rescaler. train.py takes these
-    # from the table in parametrize.py; nGPT's stand here, for use without the table.
+    # Where each rescaler starts, and how fast Adam moves it: see Rescaler. These are nGPT's. Those
+    # that the table in parametrize.py has are passed by train.py in their place.
     alpha_A_init: float = 0.05              # α_A: step towards the attention's output
     alpha_A_scale: float | None = None      # None here and below: width^-1/2
     alpha_M_init: float = 0.05              # α_M: step towards the MLP's output
@@ -154,8 +154,9 @@ class Block(nn.Module):
 
     def mlp(self, h):
         """(B, T, d) to (B, T, d)."""
-        # u = (W_u h) ⊙ s_u and ν = (W_ν h) ⊙ s_ν · √d. The same product, 2 % of a step faster
-        # (width 264 on a CPU core, bf16): the factors multiply the rows of W instead.
+        # u = (W_u h) ⊙ s_u and ν = (W_ν h) ⊙ s_ν · √d, where √d brings ν to order 1: there SiLU
+        # bends. The same product, 2 % of a step faster (width 264 on a CPU core, bf16): the factors
+        # multiply the rows of W instead.
         s_u = self.s_u()
         s_nu = self.s_nu() * math.sqrt(self.config.width)
         u = F.linear(h, self.W_u * s_u[:, None])        # (B, T, m)

@@ -46,9 +46,9 @@ VARIANTS = {
     # the two ends between which the paper's -3/4 lies: see "Why these powers"
     "nugpt_full": ("nugpt", {"lr_hidden": "m_w^-1", "lr_unembedding": "m_w^-1"}),
     "nugpt_none": ("nugpt", {"lr_hidden": "m_w^-1/2", "lr_unembedding": "m_w^-1/2"}),
-    # the paper's counter-example, the usual μP over depth: rates and α with m_d^-1/2. It breaks
-    # transfer over depth (section 4.5). The paper does not settle the cells marked "?" (a remark,
-    # which value() ignores); they are nugpt's, so that only depth differs.
+    # the paper's counter-example, the usual μP over depth: α and the blocks' rate with m_d^-1/2. It
+    # breaks transfer over depth (section 4.5). The paper does not settle the cells marked "?" (a
+    # remark, which value() ignores); they are nugpt's, so that only depth differs.
     "depth_mup": ("nugpt", {"lr_hidden": "m_w^-3/4? · m_d^-1/2", "lr_unembedding": "m_w^-3/4?",
                             "s_z_init": "m_w^1/2?", "alpha_init": "α₀·m_d^-1/2"}),
     # ours: 1/6 is chosen so that at an equal number of tokens, where m_t is 1/m_b, lr is m_b^1/2,
@@ -58,20 +58,26 @@ VARIANTS = {
 
 REASONS = """
 Why these powers.
-  A hidden state h has entries of about d^-1/2, and so should W h, at every width d.
-  Adam changes each entry of W by about its rate, whatever the gradient's size.
-  If these changes have nothing to do with h, their effect on an entry of W h is about the rate, and
-  the rate must be d^-1/2. If they are all aligned with h, the effect is √d times the rate, and the
+  A step shall change W h by the same part of itself at every width d. h and the rows of W are unit
+  vectors, which normalizing the weights preserves: so the entries of h, W and W h are about d^-1/2.
+  Adam changes each entry of W by about its rate, whatever the gradient's size. An entry of W h is a
+  sum, which thereby changes by d products of about rate · d^-1/2. If these changes have nothing to
+  do with h, their signs are random, the sum is √d of them, which is the rate, and the rate must be
+  d^-1/2. If the changes are all aligned with h, the sum is d of them, √d times the rate, and the
   rate must be d^-1. Relative to the base: m_w^-1/2 without alignment (nugpt_none), m_w^-1 with full
   alignment (nugpt_full). arXiv:2407.05872. The paper measured between, and takes m_w^-3/4 (nugpt).
   A row of the embedding is a hidden state: its entries are d^-1/2, and nothing is summed: m_w^-1/2.
   The logits E_out h are products of unit vectors and shrink as d^-1/2: s_z starts at m_w^1/2.
-  mup is fully aligned, too, but leaves s_z at 1: the m_w^1/2 that s_z lacks goes to the rate of
-  E_out, m_w^-1 · m_w^1/2. Its logits start smaller in wide models; what is learned keeps its size.
-  Steps of α add up over the blocks: α₀·m_d^-1 keeps their sum. (Random ones would add up as a root:
-  m_d^-1/2, depth_mup.)
-  A rescaler moves by rate / scale of its init a step: with nGPT's d^-1/2 the faster, the wider the
-  model is, with c as fast as in the base.
+  mup is fully aligned, too. A step changes a logit by s_z · √d · rate. In nugpt_full this is
+  m_w^1/2 · m_w^1/2 · m_w^-1 = 1; in mup, whose s_z starts at 1, it is 1 · m_w^1/2 · m_w^-1/2 = 1.
+  So mup's logits start smaller in wide models, but learn as fast.
+  A block moves h by a step of size α on the sphere. If the blocks' steps agree, they add up as
+  their number: α₀·m_d^-1 keeps the sum, and with it the effect of all changes of their matrices, so
+  that these need no factor of depth. (Unrelated steps add up as a root. The usual μP over depth,
+  depth_mup, therefore has α₀·m_d^-1/2; changes do agree, and their m_d^1/2 too much goes into the
+  rate.)
+  A rescaler moves by rate / scale of its init a step. With nGPT's d^-1/2 it moves the faster, the
+  wider the model is, though the rate is the same; with c it moves as fast as in the base.
 Where the cells come from.
   ngpt      arXiv:2410.01131: no rule for rates; scales that follow the width. nGPT as published has
             both …_lr_mult at 1.
@@ -220,7 +226,7 @@ def param_groups(model, lr_scale):
     groups = {}
     for name, parameter in model.named_parameters():
         tensors = class_of(name)
-        scale = lr_scale[tensors]       # if a fork changes it for a layer, that gets its own group
+        scale = lr_scale[tensors]       # a fork may change it for a layer, which gets its own group
         if (tensors, scale) not in groups:
             groups[tensors, scale] = {"params": [], "name": tensors, "lr_scale": scale}
         groups[tensors, scale]["params"].append(parameter)
@@ -237,8 +243,8 @@ def print_table():
 
 
 def print_numbers(sizes):
-    """Print what each column says of one model, without the constants. Raises ValueError as
-    parametrize does."""
+    """Print what each column says of one model, with α₀ = 0.05 and each …_lr_mult at 1. Raises
+    ValueError as parametrize does."""
     initial = {}
     lr_scale = {}
     for name in COLUMNS:

@@ -64,6 +64,8 @@ def option(default, help):
 
 @dataclass
 class Config:
+    # The defaults are no tuned base, and the learning rate is from a small model. Use base=….
+
     # model
     width: int = option(1024, "d_model, a multiple of head_dim")
     depth: int = option(10, "number of blocks")
@@ -80,7 +82,8 @@ class Config:
     base_depth: int = option(10, "see base_width")
     base_steps: int = option(10_000, "see base_width")
     base_batch_size: int = option(64, "see base_width; only columns with m_b use it")
-    alpha_init: float = option(0.05, "α₀: where the eigen learning rates start at the base")
+    alpha_init: float = option(0.05, "α₀: where α_A and α_M, the eigen learning rates, start at "
+                                     "the base")
     embedding_lr_mult: float = option(1.0, "multiplies the embedding's rate; tuned at the base")
     hidden_lr_mult: float = option(1.0, "multiplies the rate of the blocks' matrices")
     unembedding_lr_mult: float = option(0.5, "multiplies the unembedding's rate; tuned at the base")
@@ -135,7 +138,7 @@ MAY_CHANGE_ON_RESUME = {
     "sample_tokens", "temperature", "top_k", "log_every", "eval_every", "checkpoint_every",
     "device", "compile",
 }
-# A base hands on none of the options above, and none of these four.
+# A base hands on none of the options in that set, and none of these four.
 NOT_FROM_A_BASE = MAY_CHANGE_ON_RESUME | {"seed", "vocab_size", "dtype", "init_from"}
 
 LOGGED_RESCALERS = ["alpha_A", "alpha_M", "s_z"]        # means of |α_A|, |α_M| and |s_z|
@@ -687,7 +690,7 @@ def train(config, build=build, after_step=None):
     model, optimizer = build(config, device)
     folder = Path(config.out_dir)
     path = folder / "ckpt.pt"
-    goes_on = bool(config.out_dir) and path.exists()
+    goes_on = bool(config.out_dir) and path.exists()    # restore refuses it without --resume
     if config.init_from and not goes_on:
         start_from(config.init_from, model)
 
@@ -987,7 +990,8 @@ def load_config(given, config_class=Config):
     except TypeError:
         raise ValueError(f"{path} is damaged, or of another version") from None
     done = checkpoint["progress"]["step"]
-    automatic = {"dtype": "auto", "vocab_size": 0}      # the run has what these stood for
+    # "auto" and 0, if given, stand for what the run has
+    automatic = {"dtype": "auto", "vocab_size": 0}
     given = {name: value for name, value in given.items() if automatic.get(name) != value}
     config = replace(saved, **{"resume": False, "sample_only": False, **given})
     free = {"seed"} if config.sample_only else set()

@@ -2,7 +2,7 @@
 The verdict on a results table: does the best learning rate η stay where it is as models grow?
 
     python results/verdict.py results/width_1600.csv --plot=picture.png
-    python results/verdict.py results/width_100.csv results/width_1600.csv    how drift follows steps
+    python results/verdict.py results/width_100.csv results/width_1600.csv     drift against steps
 
 results/sweep.py makes such a table, a row a run. If all runs are of one size, and several
 hyperparameters have many values, then the table is a random search. Its verdict is the best
@@ -735,7 +735,7 @@ def choose(verdicts, names):
 
 
 def read_runs(path):
-    """The runs of a results table, as read_results has them. Raises ValueError if there are none."""
+    """The runs of a results table, as read_results has them. Raises ValueError if it has none."""
     runs = read_results(path)
     if not runs:
         raise ValueError(f"{path} has no rows")
