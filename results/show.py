@@ -349,6 +349,53 @@ def range_to_widen(key, best, tried):
 
 
 # ------------------------------------------------------------------------------------------------
+# Report: one option at a time
+
+
+def report_changes(unchanged, changes, setting):
+    """What each of verdict.gains' changes gains over the setting; text."""
+    rows = [("option", "value", "loss", "gain [95 % interval]", "seeds")]
+    rows.append(("-", "-", mean_loss(unchanged), "-", str(len(unchanged))))
+    for change in changes:
+        rows.append((
+            change.option,
+            value_text(change.value),
+            mean_loss(change.losses),
+            gain_text(*change.gain),
+            str(len(change.losses)),
+        ))
+    options = dict.fromkeys(change.option for change in changes)
+    middle = " ".join(f"--{option}={value_text(setting[option])}" for option in options)
+    notes = (
+        f"The first row is of {middle}\n"
+        "gain: by how many nats the loss is lower when this option alone is changed, on the same "
+        "seeds.\n"
+        f"Of {len(changes)} changes some gain by luck."
+    )
+    return f"{table(rows)}\n{notes}"
+
+
+def mean_loss(losses):
+    """The mean of {seed: loss} as text."""
+    mean = np.mean(list(losses.values()))
+    return f"{mean:.4f}" if mean < math.inf else "diverges"
+
+
+def gain_text(gain, half):
+    """+0.0100 [+0.0050, +0.0150]; without the interval for one seed; - if nothing can be said."""
+    if not math.isfinite(gain):
+        return "-"
+    if math.isnan(half):
+        return f"{gain:+.4f}"
+    return f"{gain:+.4f} [{gain - half:+.4f}, {gain + half:+.4f}]"
+
+
+def value_text(value):
+    """An option's value as one would type it."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+# ------------------------------------------------------------------------------------------------
 # Report: alignment
 
 EXPONENTS = ["hidden α", "hidden ω", "hidden ν",
@@ -628,6 +675,27 @@ def draw_search(ranked, keys, path):
         if keys[i] not in LINEAR:
             panel.set_xscale("log", base=2)
         panel.set_xlabel(keys[i], fontsize=15)
+    figure.savefig(path)
+
+
+def draw_changes(unchanged, changes, setting, path):
+    """Draws a panel an option: losses against its values, thin for a seed; a star at the setting."""
+    options = list(dict.fromkeys(change.option for change in changes))
+    figure, panels = new_panels(len(options), sharex=False)
+    for panel, option in zip(panels, options):
+        losses = {change.value: change.losses for change in changes if change.option == option}
+        losses[setting[option]] = unchanged
+        values = sorted(losses)
+        for seed in unchanged:
+            panel.plot(values, [losses[value].get(seed, math.nan) for value in values], ".-",
+                       color="C0", lw=0.7, alpha=0.5)
+        means = [np.mean(list(losses[value].values())) for value in values]
+        panel.plot(values, means, "o-", color="C0", lw=2.2)
+        panel.plot(setting[option], np.mean(list(unchanged.values())), "*",
+                   color="C1", ms=22, mec="black", zorder=5)
+        if option not in LINEAR and all(not isinstance(v, str) and v > 0 for v in values):
+            panel.set_xscale("log", base=2)
+        panel.set_xlabel(option, fontsize=15)
     figure.savefig(path)
 
 

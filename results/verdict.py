@@ -6,7 +6,8 @@ The verdict on a results table: does the best learning rate η stay where it is 
 
 results/sweep.py makes such a table, a row a run. If all runs are of one size, and several
 hyperparameters have many values, then the table is a random search. Its verdict is the best
-settings, as options to paste, and the ranges that were too narrow.
+settings, as options to paste, and the ranges that were too narrow. If each run differs in at most
+one option from the others, then the verdict is what each change gains.
 
 In this file a *column* is a parametrization, as in parametrize.py or results/plain.py.
 A *curve* is the loss of one column at one size against log2 η. *Drift* is how far the best η moves
@@ -708,6 +709,65 @@ def rank(runs, keys):
 
 
 # ------------------------------------------------------------------------------------------------
+# One option at a time
+
+
+class Change(NamedTuple):
+    """What it gains to change one option of the setting that the others have."""
+    option: str
+    value: object
+    losses: dict        # {seed: loss}
+    gain: tuple         # (mean over the seeds that both have, half its 95 % interval), in nats
+
+
+def changed_alone(runs):
+    """
+    ([option, …], setting {option: value}) if each run of one size has the setting, or differs from
+    it in one option alone; else ([], setting).
+    """
+    setting = {}
+    for key in OPTIONS:
+        if key not in ("seed", "dtype"):
+            setting[key] = statistics.mode(run[key] for run in runs)
+    changed = set()
+    for run in runs:
+        differing = [key for key in setting if run[key] != setting[key]]
+        if len(differing) > 1 or set(differing) & set(SIZES):
+            return [], setting
+        changed.update(differing)
+    if changed <= {"learning_rate", "parametrization"}:
+        return [], setting          # that is a sweep
+    return [key for key in setting if key in changed], setting
+
+
+def gains(runs, options, setting):
+    """(losses {seed: loss} of the setting, [Change, …]). Raises ValueError if runs differ in the
+    text, or if nothing ran with the setting itself."""
+    check_one_sweep(runs, may_differ=options)
+    losses = {}         # {(option, value), or None for the setting: {seed: loss}}
+    for run in runs:
+        change = None
+        for option in options:
+            if run[option] != setting[option]:
+                change = (option, run[option])
+        losses.setdefault(change, {})[run["seed"]] = run["val_loss"]
+    if None not in losses:
+        raise ValueError("no run has the setting from which all others differ in one option")
+
+    unchanged = losses.pop(None)
+    changes = []
+    for (option, value), of_seeds in losses.items():
+        shared = [seed for seed in of_seeds if seed in unchanged]
+        gain = np.array([unchanged[seed] - of_seeds[seed] for seed in shared])
+        half = math.nan
+        if len(gain) > 1 and np.isfinite(gain).all():
+            half = student(len(gain) - 1) * gain.std(ddof=1) / math.sqrt(len(gain))
+        mean = gain.mean() if len(gain) else math.nan
+        changes.append(Change(option, value, of_seeds, (float(mean), half)))
+    return unchanged, sorted(changes, key=lambda one: (options.index(one.option), one.value))
+
+
+# ------------------------------------------------------------------------------------------------
 # Command line
 
 
@@ -763,6 +823,14 @@ def print_verdict(args):
     if len(dtypes) > 1:
         print(f"Runs of dtype {' and '.join(dtypes)} stand side by side. "
               "They differ in rounding.\n")
+
+    options, setting = changed_alone(runs)
+    if options:
+        unchanged, changes = gains(runs, options, setting)
+        print(show.report_changes(unchanged, changes, setting))
+        if args.plot:
+            show.draw_changes(unchanged, changes, setting, args.plot)
+        return
 
     keys = searched(runs)
     if keys:
