@@ -32,8 +32,8 @@ class GPTConfig:
     seq_len: int = 1024         # longest context
     mlp_ratio: float = 8 / 3    # width of the MLP over the width of the model
 
-    # Where each rescaler starts, and how fast Adam moves it: see Rescaler. These are nGPT's. Those
-    # that the table in parametrize.py has are passed by train.py in their place.
+    # Where each rescaler starts, and how fast Adam moves it: see Rescaler. These defaults
+    # are nGPT's. train.py overrides those that the table in parametrize.py has.
     alpha_A_init: float = 0.05              # α_A: step towards the attention's output
     alpha_A_scale: float | None = None      # None here and below: width^-1/2
     alpha_M_init: float = 0.05              # α_M: step towards the MLP's output
@@ -206,7 +206,7 @@ class GPT(nn.Module):
 
     def draw_weights(self):
         """Draw Gaussian matrices and put them on the sphere, so that their variance does not
-        matter; set rescalers to their scale."""
+        matter; set rescalers to their init."""
         for weight in self.matrices():
             weight.normal_()
         self.normalize_weights()
@@ -218,7 +218,8 @@ class GPT(nn.Module):
         """All matrices: a list of (number of unit vectors, d) parameters."""
         matrices = []
         for name, parameter in self.named_parameters():
-            if parameter.dim() == 2 and not name.endswith(".raw"):      # a fork's may be 2-D
+            is_rescaler = name.endswith(".raw")     # which may be 2-D in a fork
+            if parameter.dim() == 2 and not is_rescaler:
                 matrices.append(parameter)
         return matrices
 

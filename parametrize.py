@@ -61,21 +61,25 @@ Why these powers.
   A step shall change W h by the same part of itself at every width d. h and the rows of W are unit
   vectors, which normalizing the weights preserves: so the entries of h, W and W h are about d^-1/2.
   Adam changes each entry of W by about its rate, whatever the gradient's size. An entry of W h is a
-  sum, which thereby changes by d products of about rate · d^-1/2. If these changes have nothing to
-  do with h, their signs are random, the sum is √d of them, which is the rate, and the rate must be
-  d^-1/2. If the changes are all aligned with h, the sum is d of them, √d times the rate, and the
-  rate must be d^-1. Relative to the base: m_w^-1/2 without alignment (nugpt_none), m_w^-1 with full
-  alignment (nugpt_full). arXiv:2407.05872. The paper measured between, and takes m_w^-3/4 (nugpt).
+  sum, which thereby changes by d products of about rate · d^-1/2.
+    If these changes have nothing to do with h, their signs are random, and they add up to about
+    √d · rate · d^-1/2 = rate. This shall be d^-1/2, as W h is: so the rate must fall as d^-1/2.
+    If they are all aligned with h, they add up to d · rate · d^-1/2 = √d · rate. This shall be
+    d^-1/2, too: so the rate must fall as d^-1.
+  Relative to the base: m_w^-1/2 without alignment (nugpt_none), m_w^-1 with full alignment
+  (nugpt_full). arXiv:2407.05872. The paper measured between, and takes m_w^-3/4 (nugpt).
   A row of the embedding is a hidden state: its entries are d^-1/2, and nothing is summed: m_w^-1/2.
   The logits E_out h are products of unit vectors and shrink as d^-1/2: s_z starts at m_w^1/2.
-  mup is fully aligned, too. A step changes a logit by s_z · √d · rate. In nugpt_full this is
-  m_w^1/2 · m_w^1/2 · m_w^-1 = 1; in mup, whose s_z starts at 1, it is 1 · m_w^1/2 · m_w^-1/2 = 1.
-  So mup's logits start smaller in wide models, but learn as fast.
+  mup is fully aligned, too. With full alignment a step changes a logit by s_z · √d · rate. Relative
+  to the base this is m_w^1/2 · m_w^1/2 · m_w^-1 = 1 in nugpt_full, and 1 · m_w^1/2 · m_w^-1/2 = 1
+  in mup, whose s_z starts at 1. So mup's logits start smaller in wide models, but learn as fast.
   A block moves h by a step of size α on the sphere. If the blocks' steps agree, they add up as
-  their number: α₀·m_d^-1 keeps the sum, and with it the effect of all changes of their matrices, so
-  that these need no factor of depth. (Unrelated steps add up as a root. The usual μP over depth,
-  depth_mup, therefore has α₀·m_d^-1/2; changes do agree, and their m_d^1/2 too much goes into the
-  rate.)
+  their number: α₀·m_d^-1 keeps the sum. What the matrices learn acts through the same steps, so
+  their rates need no factor of depth. mup and nugpt have this rule in common.
+  The usual μP over depth (depth_mup) takes the steps as unrelated: they add up as a root, and α is
+  α₀·m_d^-1/2. What is learned agrees all the same and would add up to m_d · m_d^-1/2 = m_d^1/2; the
+  factor m_d^-1/2 of lr_hidden takes that back. By this count the rule is as good. In experiments
+  its best η drifts to the right (paper, section 4.5, and here).
   A rescaler moves by rate / scale of its init a step. With nGPT's d^-1/2 it moves the faster, the
   wider the model is, though the rate is the same; with c it moves as fast as in the base.
 Where the cells come from.
@@ -86,10 +90,10 @@ Where the cells come from.
             cosine and linear; wsd wants about -1/2.
   s_z_init  m_w^1/2 is missing from the paper's list of rules; Lemma 6.8 and section 7.5 need it.
 Constants.
-  --embedding_lr_mult, --unembedding_lr_mult and --alpha_init belong to the base and are tuned there
-  with η. The paper has 1, 1/2 and 0.05 (sections 3.1 and 7.4), train.py's defaults;
-  results/laptop.json has its own. They hold for all columns, so that at the base size all columns
-  are one model and one optimizer, bit for bit.
+  The options …_lr_mult, one for each class of tensors, and --alpha_init belong to the base and are
+  tuned there with η. The paper has unembedding_lr_mult = 1/2, 1 for the others, and alpha_init =
+  0.05 (sections 3.1 and 7.4), train.py's defaults; results/laptop.json has its own. They hold for
+  all columns, so that at the base size all columns are one model and one optimizer, bit for bit.
 """
 
 # Each parameter of model.py belongs to one class, which has a learning rate of its own.

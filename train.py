@@ -3,12 +3,13 @@ Train a normalized Transformer: in one process, on one node or on several.
 
     python train.py --base=results/laptop.json                   the base, a small model for a CPU
     python train.py --base=results/laptop.json --width=384 --out_dir=out/wide       8 times as wide
-    torchrun --nproc_per_node=8 train.py --width=2048 --out_dir=out/large           eight GPUs
+    torchrun --nproc_per_node=8 train.py --base=results/gpu.json --data=data/fineweb --width=2048
     python train.py --out_dir=out/wide --resume                  continue a run, with its options
     python train.py --out_dir=out/wide --sample_only             print text from it
 
 The fields of Config below are the options. This file reads from top to bottom: configuration, base,
 data, model and optimizer, schedule, evaluation, files of a run, the run itself, command line.
+The method is in apply_table and in the first lines of train's loop; all else trains any model.
 """
 import argparse
 import csv
@@ -64,7 +65,8 @@ def option(default, help):
 
 @dataclass
 class Config:
-    # The defaults are no tuned base, and the learning rate is from a small model. Use base=….
+    # The defaults are of a large model, but their learning rate was found at width 128: it is not
+    # tuned. Give a base instead.
 
     # model
     width: int = option(1024, "d_model, a multiple of head_dim")
