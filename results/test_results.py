@@ -492,6 +492,19 @@ def test_a_range_at_whose_end_the_best_lies_is_to_be_widened(tmp_path, say):
     assert "widen learning_rate" not in out
 
 
+@pytest.mark.parametrize("key, best, tried, advice", [
+    ("learning_rate", 0.0101, [0.01, 0.1], "widen learning_rate downwards"),
+    ("learning_rate", 0.03, [0.01, 0.1], ""),
+    ("beta2", 0.989, [0.9, 0.99], "widen beta2 upwards"),
+    ("beta2", 0.901, [0.9, 0.99], "widen beta2 downwards"),
+    ("warmup_steps", 39, [0, 40], "widen warmup_steps upwards"),
+    ("min_lr_ratio", 0.15, [0.001, 0.2], ""),   # by logarithms that would be near the end
+    ("warmup_steps", 1, [0, 40], ""),           # below 0 there is nothing
+])
+def test_a_range_is_widened_by_logarithms_or_evenly_as_it_was_drawn(key, best, tried, advice):
+    assert show.range_to_widen(key, best, [best, *tried]).split(":")[0] == advice
+
+
 def test_losses_of_a_search_are_in_scatters_of_a_seed():
     ranked, scatter = verdict.rank(search(seeds=(0, 1, 2)), KEYS)
     assert 0.006 < scatter < 0.015      # 0.01 is true
