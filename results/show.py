@@ -242,6 +242,8 @@ def interval_text(drift):
     if drift is None:
         return "-"
     slope, half = drift
+    if half == math.inf:        # too few curves
+        return f"{slope:+.2f} [unknown]"
     return f"{slope:+.2f} [{slope - half:+.2f}, {slope + half:+.2f}]"
 
 
