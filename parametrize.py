@@ -84,7 +84,7 @@ Why these powers.
   wider the model is, though the rate is the same; with c it moves as fast as in the base.
 Where the cells come from.
   ngpt      arXiv:2410.01131: no rule for rates; scales that follow the width. nGPT as published has
-            both …_lr_mult at 1.
+            each …_lr_mult at 1.
   mup       "μP for widths" of arXiv:2604.27077. Its text gives the power of m_t, a lemma the rest.
   nugpt     arXiv:2604.27077. m_t^-1/3 is a fit, not a theorem (section 4.6). It fits the schedules
             cosine and linear; wsd wants about -1/2.

@@ -9,7 +9,8 @@ Train a normalized Transformer: in one process, on one node or on several.
 
 The fields of Config below are the options. This file reads from top to bottom: configuration, base,
 data, model and optimizer, schedule, evaluation, files of a run, the run itself, command line.
-The method is in apply_table and in the first lines of train's loop; all else trains any model.
+The method is in apply_table and, in train's loop, in the learning rate and normalize_weights; all
+else trains any model.
 """
 import argparse
 import csv

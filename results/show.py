@@ -219,11 +219,6 @@ def largest_common_size(tables):
     return max(set.intersection(*sizes), default=None)
 
 
-def regret_at(size, verdict):
-    """The text of a column's regret at a size, or - where it has none."""
-    return regret_text(verdict.curves[size]) if size in verdict.curves else "-"
-
-
 def report_tables(axis, other, tables):
     """{value of `other`: {column: Verdict}} of verdict.judge_tables as text."""
     size = largest_common_size(tables)
@@ -232,8 +227,9 @@ def report_tables(axis, other, tables):
         for value, verdicts in tables.items():
             if name in verdicts:
                 verdict = verdicts[name]
-                drift = interval_text(verdict.drift)
-                rows.append((name, f"{value:,.0f}", drift, regret_at(size, verdict)))
+                curve = verdict.curves.get(size)
+                regret = regret_text(curve) if curve else "-"
+                rows.append((name, f"{value:,.0f}", interval_text(verdict.drift), regret))
     return table(rows)
 
 

@@ -642,13 +642,12 @@ def judge_tables(paths, axis=None, control="ngpt"):
     if len(differing) != 1:
         raise ValueError(f"several sweeps over {axis} are shown side by side if they differ in one "
                          f"other of {', '.join(AXES)}, and each has one value of it")
-    sizes = [set.union(*(set(verdict.curves) for verdict in verdicts.values()))
-             for verdicts in verdicts_of.values()]
-    if len(set.intersection(*sizes)) == 0:
-        raise ValueError(f"the tables have no {axis} in common")
     other = differing[0]
     values = [its_values.pop() for its_values in values_of[other]]
-    return axis, other, dict(sorted(zip(values, verdicts_of.values())))
+    tables = dict(sorted(zip(values, verdicts_of.values())))
+    if show.largest_common_size(tables) is None:
+        raise ValueError(f"the tables have no {axis} in common")
+    return axis, other, tables
 
 
 def difference(optima, control):
