@@ -45,10 +45,11 @@ case $name in
             --learning_rate=2^-8..2^-4 --alpha_init=2^-6..2^-1 \
             --embedding_lr_mult=2^-5..2 --unembedding_lr_mult=2^-5..2
         ;;
-    laptop)
-        sweep --seed=0 \
-            + --parametrization=nugpt --width=1x,3/2x,3x --learning_rate=2^-1x:2^1.5x:2^.5 \
-            + --parametrization=ngpt --width=3/2x,3x --learning_rate=2^-2x:2^.5x:2^.5
+    laptop)     # so few eval_tokens blur a loss less than another seed would
+        sweep --seed=0 --eval_tokens=65536 \
+            + --parametrization=nugpt --width=1x,3/2x,3x $grid \
+            + --parametrization=ngpt --width=3/2x --learning_rate=2^-1.5x:2^.5x:2^.5 \
+            + --parametrization=ngpt --width=3x --learning_rate=2^-2x:2^.5x:2^.5
         ;;
     width)
         sweep $seeds \
