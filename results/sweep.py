@@ -396,7 +396,7 @@ class Sweep:
         self.failed = {}                    # {description of a run: why it failed}
 
     def describe(self, config):
-        return " ".join(f"{name}={getattr(config, name)}" for name in self.varying)
+        return " ".join(f"{name}={option_of(config, name)}" for name in self.varying)
 
     def done(self):
         """Those of the Configs that have a row in the table."""
@@ -582,11 +582,16 @@ def make_runs(groups, base, own):
     return list(runs.values()), fingerprints
 
 
+def option_of(config, name):
+    """The value of an option. One that the plain GPT alone has is at its default in other runs."""
+    return getattr(config, name, getattr(plain.Config, name))
+
+
 def varying_options(configs):
     """Names of the options that differ between runs."""
     names = train.mathematics(plain.Config)
     return [name for name in names
-            if len({getattr(config, name, None) for config in configs}) > 1] or ["parametrization"]
+            if len({option_of(config, name) for config in configs}) > 1] or ["parametrization"]
 
 
 def command(config, base):
