@@ -460,8 +460,9 @@ class Sweep:
         if outcome is None:
             self.failed[self.describe(config)] = reason
             return f"failed: {reason}"
-        row = {**asdict(config), "data_fingerprint": self.fingerprints[config.data], **outcome}
-        self.table.append(row)
+        options = {name: option_of(config, name) for name in verdict.OPTIONS}
+        self.table.append({**options, "data": config.data,
+                           "data_fingerprint": self.fingerprints[config.data], **outcome})
         return f"val_loss {outcome['val_loss']:.4f}, {outcome['status']}"
 
     def tune(self, count):

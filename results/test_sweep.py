@@ -177,12 +177,14 @@ def test_columns_of_the_plain_gpt_run_too(data):
     assert [type(config) for config in runs] == [train.Config, plain.Config]
 
 
-def test_both_models_run_in_one_sweep_in_which_an_option_of_the_plain_gpt_varies(data, tmp_path):
+def test_a_sweep_of_both_models_that_varies_an_option_of_the_plain_gpt_runs_and_continues(data, tmp_path):
     table = tmp_path / "a.csv"
     plain_gpt = ["--parametrization=gpt_sp", "--embedding_std=0.5,2"]
-    assert tiny(data, table, "+", "--parametrization=nugpt", "+", *plain_gpt) == 0
-    rows = zip(column(table, "parametrization"), column(table, "embedding_std"))
-    assert sorted(rows) == [("gpt_sp", "0.5"), ("gpt_sp", "2.0"), ("nugpt", "")]
+    for seeds in ("--seed=0", "--seed=0,1"):
+        assert tiny(data, table, seeds, "+", "--parametrization=nugpt", "+", *plain_gpt) == 0
+    rows = zip(column(table, "parametrization"), column(table, "embedding_std"), column(table, "seed"))
+    assert sorted(rows) == [("gpt_sp", "0.5", "0"), ("gpt_sp", "0.5", "1"), ("gpt_sp", "2.0", "0"),
+                            ("gpt_sp", "2.0", "1"), ("nugpt", "1.0", "0"), ("nugpt", "1.0", "1")]
 
 
 def test_dry_prints_commands_that_make_the_same_runs(data, capsys):
