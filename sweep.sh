@@ -2,7 +2,7 @@
 # Tune the base, or sweep the learning rate over several sizes and judge whether the best one stays.
 #
 #   ./sweep.sh base       40 settings of the base with one seed, the best five with all seeds
-#   ./sweep.sh laptop     width 48 to 144, one seed: 7 minutes on two cores, 20 without bfloat16
+#   ./sweep.sh laptop     width 48 to 144, one seed: 7 to 11 minutes on two cores, 20 without bfloat16
 #   ./sweep.sh width      to eight times the base's width, three seeds
 #   ./sweep.sh depth      2 to 32 blocks
 #   ./sweep.sh steps      to sixteen times the base's steps
