@@ -2,15 +2,15 @@
 # Tune the base, or sweep the learning rate over several sizes and judge whether the best one stays.
 #
 #   ./sweep.sh base       40 settings of the base with one seed, the best five with all seeds
-#   ./sweep.sh laptop     width 48 to 144, one seed: 7 to 11 minutes on two cores, 20 without bfloat16
+#   ./sweep.sh laptop     to three times the base's width, one seed: 7 to 11 minutes on two cores
 #   ./sweep.sh width      to eight times the base's width, three seeds
-#   ./sweep.sh depth      2 to 32 blocks
+#   ./sweep.sh depth      half to eight times the base's blocks
 #   ./sweep.sh steps      to sixteen times the base's steps
 #   ./sweep.sh joint      width, depth and steps together
 #   ./sweep.sh batch      a quarter to four times the base's batch, at equal tokens
 #
 # Options of results/sweep.py and of train.py follow the name, and win over those written here:
-#   ./sweep.sh width --base=out/base.json --data=data/books --seed=0 --results=out/books.csv
+#   ./sweep.sh width --base=out/books.json --data=data/books --seed=0 --results=out/books_width.csv
 # --dry prints the runs. A repeated command continues. In values, 2x is twice the base's.
 set -euo pipefail
 here=$(dirname "$(realpath "$0")")
@@ -37,8 +37,9 @@ ngpt_grid=--learning_rate=2^-3x:1x:2^.5
 seeds=--seed=0,1,2
 control=ngpt
 
-# One run counts for all columns in which it is the same: at the base size for every column, over
-# steps and batch for all columns that differ in lr alone, at another η. results/verdict.py knows.
+# A run is made once, though it may serve several columns, as results/verdict.py knows. At the base
+# size all columns are one model. Over steps and batch columns that differ in lr alone are the same
+# runs, each at another η: so one column is enough there.
 case $name in
     base)
         sweep $seeds --random=40 --finalists=5 --write_base="${results%.csv}.json" \
