@@ -179,9 +179,14 @@ def read_meta(data, seq_len):
     return meta
 
 
+def options_of(config):
+    """{option: value} of a run. What the plain GPT alone has is at its default in other runs."""
+    return {**vars(verdict.DEFAULTS), **asdict(config)}
+
+
 def identity(config, data_fingerprint):
     """What makes the run: two runs with the same are one run."""
-    return identity_of_row({**asdict(config), "data_fingerprint": data_fingerprint})
+    return identity_of_row({**options_of(config), "data_fingerprint": data_fingerprint})
 
 
 def printable(text):
@@ -192,8 +197,8 @@ def printable(text):
 def identity_of_row(row):
     """The identity of the run that a row of the table is of."""
     values = []
-    for name in train.mathematics(plain.Config):
-        value = row.get(name, getattr(plain.Config, name))
+    for name in verdict.OPTIONS:
+        value = row[name]
         if isinstance(value, float):
             value = float(f"{value:.6g}")
         if isinstance(value, str):
@@ -396,7 +401,8 @@ class Sweep:
         self.failed = {}                    # {description of a run: why it failed}
 
     def describe(self, config):
-        return " ".join(f"{name}={option_of(config, name)}" for name in self.varying)
+        options = options_of(config)
+        return " ".join(f"{name}={options[name]}" for name in self.varying)
 
     def done(self):
         """Those of the Configs that have a row in the table."""
@@ -460,8 +466,7 @@ class Sweep:
         if outcome is None:
             self.failed[self.describe(config)] = reason
             return f"failed: {reason}"
-        options = {name: option_of(config, name) for name in verdict.OPTIONS}
-        self.table.append({**options, "data": config.data,
+        self.table.append({**options_of(config),
                            "data_fingerprint": self.fingerprints[config.data], **outcome})
         return f"val_loss {outcome['val_loss']:.4f}, {outcome['status']}"
 
@@ -583,16 +588,11 @@ def make_runs(groups, base, own):
     return list(runs.values()), fingerprints
 
 
-def option_of(config, name):
-    """The value of an option. One that the plain GPT alone has is at its default in other runs."""
-    return getattr(config, name, getattr(plain.Config, name))
-
-
 def varying_options(configs):
     """Names of the options that differ between runs."""
-    names = train.mathematics(plain.Config)
-    return [name for name in names
-            if len({option_of(config, name) for config in configs}) > 1] or ["parametrization"]
+    runs = [options_of(config) for config in configs]
+    varying = [name for name in verdict.OPTIONS if len({run[name] for run in runs}) > 1]
+    return varying or ["parametrization"]
 
 
 def command(config, base):

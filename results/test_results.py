@@ -448,6 +448,60 @@ def test_the_plain_gpt_has_no_rescalers():
 
 
 # ------------------------------------------------------------------------------------------------
+# Leads
+
+LEAD_RUNS = [       # parametrization, learning_rate, seed, val_loss
+    ("nugpt", "0.01", "0", "1.0"), ("nugpt", "0.01", "1", "2.0"), ("nugpt", "0.01", "2", "3.0"),
+    ("nugpt", "0.02", "0", "0.1"), ("nugpt", "0.02", "1", "0.1"), ("nugpt", "0.02", "2", ""),
+    ("ngpt", "0.03", "0", "1.1"), ("ngpt", "0.03", "1", "2.2"), ("ngpt", "0.03", "2", "3.3"),
+    ("ngpt", "0.04", "0", "2.0"), ("ngpt", "0.04", "1", "3.0"), ("ngpt", "0.04", "2", "4.0"),
+]
+
+
+@pytest.fixture
+def leads(tmp_path, say):
+    """A function: what lead.py says of two columns in a table of LEAD_RUNS and more runs."""
+
+    def run(first, second, more=()):
+        lines = ["width,parametrization,learning_rate,seed,val_loss"]
+        for cells in (*LEAD_RUNS, *more):
+            lines.append(",".join(["48", *cells]))
+        table = tmp_path / "a.csv"
+        table.write_text("\n".join(lines) + "\n")
+        return say(f"results/lead.py {table} {first} {second} width=48")
+
+    return run
+
+
+def test_a_lead_is_the_mean_difference_of_paired_seeds_at_the_best_rates(leads):
+    # differences -0.1, -0.2, -0.3: their standard deviation is 0.1, and t with 2 degrees 4.303.
+    # nugpt's 0.02 has lower losses, but only two of its seeds finished
+    half = 4.303 * 0.1 / math.sqrt(3)
+    assert leads("nugpt", "ngpt") == f"-0.200 ± {half:.3f} nats, 3 seeds: nugpt less ngpt at width=48\n"
+
+
+def test_a_lead_may_be_asked_for_at_one_rate(leads):
+    assert leads("nugpt", "ngpt:0.04").startswith("-1.000 ± 0.000 nats")
+
+
+def test_a_seed_with_two_runs_at_one_rate_has_no_lead(leads):
+    more = [("ngpt", "0.03", "0", "5.0")]
+    assert "ngpt has two runs of seed 0 with learning rate 0.03" in leads("nugpt", "ngpt", more)
+
+
+@pytest.mark.parametrize("sentence, first", [
+    ("mup has no learning rate that three seeds finished", "mup"),
+    ("nugpt:0.02 has no learning rate that three seeds finished", "nugpt:0.02"),
+])
+def test_a_column_without_three_finished_seeds_has_no_lead(leads, sentence, first):
+    assert sentence in leads(first, "ngpt")
+
+
+def test_a_lead_at_a_size_that_the_table_does_not_have_is_refused(say):
+    assert "has no column 'heads'" in say("results/lead.py results/fresh.csv gpt_sp nugpt heads=4")
+
+
+# ------------------------------------------------------------------------------------------------
 # Random searches
 
 KEYS = ["learning_rate", "alpha_init"]
