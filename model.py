@@ -119,8 +119,8 @@ class Block(nn.Module):
         H = d // D
         self.config = config
         # Matrices that map from the hidden state are used as F.linear(h, W). The two that map
-        # back to it, W_O and W_oMLP, are stored transposed and used as y @ W. So in all of them
-        # each row is a unit vector of length d.
+        # back to it, W_O and W_oMLP, are stored transposed and used as y @ W: their rows here are
+        # the columns of the paper's. So in all matrices each row is a unit vector of d numbers.
         self.W_q = nn.Parameter(torch.empty(d, d))
         self.W_k = nn.Parameter(torch.empty(d, d))
         self.W_v = nn.Parameter(torch.empty(d, d))
@@ -194,8 +194,8 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Set all weights and buffers; to be called again after `to_empty` from the meta device.
-        Raises ValueError if a parameter is left without a value."""
+        """Set all weights and buffers. Raises ValueError if a fork leaves a parameter without a
+        value."""
         for parameter in self.parameters():
             parameter.fill_(math.nan)
         self.draw_weights()
@@ -280,7 +280,8 @@ class GPT(nn.Module):
 
     def flops_per_token(self):
         """FLOPs of forward and backward for one token. PaLM (arXiv:2204.02311), appendix B."""
-        all_matrices = sum(weight.numel() for weight in self.matrices())
-        multiplied = all_matrices - self.embedding.numel()      # the embedding is a look-up
+        multiplied = sum(weight.numel() for weight in self.matrices())
+        if self.embedding is not self.unembedding:      # a fork may tie them
+            multiplied -= self.embedding.numel()        # the embedding is a look-up
         attention = 12 * self.config.depth * self.config.width * self.config.seq_len
         return 6 * multiplied + attention

@@ -9,7 +9,8 @@ Rows are quantities, columns are rules.
     rate of a tensor = η · schedule(step) · lr · lr_<its class> · <its class>_lr_mult
 
 The last factor is an option of train.py: see "Constants" below. A rescaler is raw · init/scale, and
-raw starts at scale; its value moves by about rate · init/scale a step.
+raw starts at scale. Adam moves raw by about the rate: so the rescaler moves by about the part
+rate/scale of its init, and a smaller scale makes it faster.
 
 m_w = width / base_width, m_d = depth / base_depth, m_t = steps / base_steps,
 m_b = batch_size / base_batch_size, d = width, c = (base_width)^-1/2, α₀ = train.py's --alpha_init.
@@ -32,25 +33,25 @@ s_z_init       | 1      | 1         | m_w^1/2   | init of s_z
 scale          | d^-1/2 | c         | c         | scale of α_A, α_M, s_qk and s_z
 """
 
-# Two rows of the table set several numbers of model.GPTConfig at once.
-ROW_SETS = {
+# Two rows of the table stand for several settings of model.GPTConfig.
+SHARED_ROWS = {
     "alpha_init": ["alpha_A_init", "alpha_M_init"],
     "scale": ["alpha_A_scale", "alpha_M_scale", "s_qk_scale", "s_z_scale"],
 }
 
 # More columns, each a line: the column it starts from, and the cells that differ. Yours is such a
-# line. A line may set any row of the table, the numbers in ROW_SETS one by one, and also
+# line. A line may set any row of the table, the settings in SHARED_ROWS one by one, and also
 # lr_rescalers, s_qk_init, s_u_init, s_u_scale, s_nu_init and s_nu_scale, which are 1 if no line
-# sets them. A file of results records a column's name alone: rename a column that you edit.
+# sets them. In a cell * may stand for ·. A table of results records a column's name alone: rename a
+# column that you edit.
 VARIANTS = {
     # the two ends between which the paper's -3/4 lies: see "Why these powers"
     "nugpt_full": ("nugpt", {"lr_hidden": "m_w^-1", "lr_unembedding": "m_w^-1"}),
     "nugpt_none": ("nugpt", {"lr_hidden": "m_w^-1/2", "lr_unembedding": "m_w^-1/2"}),
     # the paper's counter-example, the usual μP over depth: α and the blocks' rate with m_d^-1/2. It
-    # breaks transfer over depth (section 4.5). The paper does not settle the cells marked "?" (a
-    # remark, which value() ignores); they are nugpt's, so that only depth differs.
-    "depth_mup": ("nugpt", {"lr_hidden": "m_w^-3/4? · m_d^-1/2", "lr_unembedding": "m_w^-3/4?",
-                            "s_z_init": "m_w^1/2?", "alpha_init": "α₀·m_d^-1/2"}),
+    # breaks transfer over depth (section 4.5). The paper does not settle its powers of m_w. Here
+    # they are nugpt's, so that only depth differs.
+    "depth_mup": ("nugpt", {"lr_hidden": "m_w^-3/4 · m_d^-1/2", "alpha_init": "α₀·m_d^-1/2"}),
     # ours: 1/6 is chosen so that at an equal number of tokens, where m_t is 1/m_b, lr is m_b^1/2,
     # the square-root rule
     "nugpt_batch": ("nugpt", {"lr": "m_b^1/6 · m_t^-1/3"}),
@@ -58,9 +59,9 @@ VARIANTS = {
 
 REASONS = """
 Why these powers.
-  A step shall change W h by the same part of itself at every width d. h and the rows of W are unit
-  vectors, which normalizing the weights preserves: so the entries of h, W and W h are about d^-1/2.
-  Adam changes each entry of W by about its rate, whatever the gradient's size. An entry of W h is a
+  A step shall change W h by the same fraction at every width d. W is W_q, say. h and the rows of W
+  are unit vectors, and stay so: hence the entries of h, W and W h are about d^-1/2. Adam changes
+  each entry of W by about the learning rate, whatever the gradient's size. An entry of W h is a
   sum, which thereby changes by d products of about rate · d^-1/2.
     If these changes have nothing to do with h, their signs are random, and they add up to about
     √d · rate · d^-1/2 = rate. This shall be d^-1/2, as W h is: so the rate must fall as d^-1/2.
@@ -68,6 +69,8 @@ Why these powers.
     d^-1/2, too: so the rate must fall as d^-1.
   Relative to the base: m_w^-1/2 without alignment (nugpt_none), m_w^-1 with full alignment
   (nugpt_full). arXiv:2407.05872. The paper measured between, and takes m_w^-3/4 (nugpt).
+    W_O and W_oMLP act on what is no unit vector. But Norm follows them, so that only the fraction
+    counts, and it is the same: W_oMLP sums over the MLP's width, which grows as d.
   A row of the embedding is a hidden state: its entries are d^-1/2, and nothing is summed: m_w^-1/2.
   The logits E_out h are products of unit vectors and shrink as d^-1/2: s_z starts at m_w^1/2.
   mup is fully aligned, too. With full alignment a step changes a logit by s_z · √d · rate. Relative
@@ -115,9 +118,9 @@ def read_table(text):
     names = [name.strip() for name in head.split("|")[1:-1]]
     columns = {name: {} for name in names}
     for line in rows:
-        row, *cells = [cell.strip() for cell in line.split("|")]
-        if len(cells) != len(names) + 1:
-            sys.exit(f"parametrize.py: row {row!r} has {len(cells) - 1} cells, "
+        row, *cells, what_it_sets = [cell.strip() for cell in line.split("|")]
+        if len(cells) != len(names):
+            sys.exit(f"parametrize.py: row {row!r} has {len(cells)} cells, "
                      f"but there are {len(names)} columns")
         for name, cell in zip(names, cells):
             columns[name][row] = cell
@@ -125,38 +128,38 @@ def read_table(text):
 
 
 def expand(cells):
-    """Cells with each row of ROW_SETS replaced by the rows that it sets."""
+    """Cells with each row of SHARED_ROWS replaced by the settings that it stands for."""
     expanded = {}
     for row, cell in cells.items():
-        for name in ROW_SETS.get(row, [row]):
+        for name in SHARED_ROWS.get(row, [row]):
             expanded[name] = cell
     return expanded
 
 
-def may_set(row):
-    """Whether a line of VARIANTS may set this row."""
-    if row in COLUMNS["nugpt"]:
-        return True
-    if row in ("s_qk_init", "s_u_init", "s_u_scale", "s_nu_init", "s_nu_scale"):
-        return True
-    return row in [f"lr_{tensors}" for tensors in TENSOR_CLASSES]
+def build_columns(table, variants):
+    """All columns, {column: {row or setting: cell}}. Leaves with a sentence if one cannot be."""
+    columns = {name: expand(cells) for name, cells in read_table(table).items()}
+    may_set = {*columns["nugpt"], "s_qk_init", "s_u_init", "s_u_scale", "s_nu_init", "s_nu_scale"}
+    may_set |= {f"lr_{tensor_class}" for tensor_class in TENSOR_CLASSES}
+    for name, (start, cells) in variants.items():
+        if start not in columns:
+            sys.exit(f"parametrize.py: the column {name!r} must start from one of "
+                     f"{', '.join(columns)}")
+        for row in expand(cells):
+            if row not in may_set:
+                sys.exit(f"parametrize.py: the column {name!r} sets {row!r}, which is no row")
+        columns[name] = {**columns[start], **expand(cells)}
+    return columns
 
 
-COLUMNS = {name: expand(cells) for name, cells in read_table(TABLE).items()}
-for name, (start, cells) in VARIANTS.items():
-    if start not in COLUMNS:
-        sys.exit(f"parametrize.py: the column {name!r} must start from one of {', '.join(COLUMNS)}")
-    for row in expand(cells):
-        if not may_set(row):
-            sys.exit(f"parametrize.py: the column {name!r} sets {row!r}, which is no row")
-    COLUMNS[name] = {**COLUMNS[start], **expand(cells)}
+COLUMNS = build_columns(TABLE, VARIANTS)
 
 
 def value(cell, symbols):
     """The number of a cell: value("0.05 · m_d^-1/2", {"m_d": 4}) is 0.025. Raises ValueError if
     the cell cannot be read."""
     product = 1.0
-    for factor in re.split("[·*]", cell.replace("?", "")):
+    for factor in re.split("[·*]", cell):
         symbol, sign, power = factor.strip().partition("^")
         try:
             number = symbols[symbol] if symbol in symbols else float(Fraction(symbol))
@@ -170,12 +173,12 @@ def value(cell, symbols):
 
 def parametrize(parametrization, *, width, depth, steps, batch_size,
                 base_width, base_depth, base_steps, base_batch_size,
-                alpha_init=0.05, constants=None, columns=COLUMNS):
+                alpha_init=0.05, lr_mults=None, columns=COLUMNS):
     """
     What one column of the table says of one model, as a pair:
-        initial:   {"alpha_A_init": …, "s_z_scale": …, …}, keywords of model.GPTConfig;
-        lr_scale:  {"embedding": …, "hidden": …, …}, what to multiply η by, for each tensor class.
-    constants: {tensor class: its …_lr_mult, the last factor of its rate}; 1 for a class left out.
+        settings:    {"alpha_A_init": …, "s_z_scale": …, …}, keywords of model.GPTConfig;
+        lr_factors:  {"embedding": …, "hidden": …, …}, what multiplies η, for each tensor class.
+    lr_mults: {tensor class: its …_lr_mult, the last factor of its rate}; 1 for a class left out.
     Raises ValueError for an unknown column or a size below 1.
     """
     if parametrization not in columns:
@@ -199,22 +202,22 @@ def parametrize(parametrization, *, width, depth, steps, batch_size,
     }
     numbers = {row: value(cell, symbols) for row, cell in columns[parametrization].items()}
 
-    constants = constants or {}
-    lr_scale = {}
-    for name in TENSOR_CLASSES:
-        class_factor = numbers.get(f"lr_{name}", 1.0)
-        constant = constants.get(name, 1.0)
-        lr_scale[name] = numbers["lr"] * class_factor * constant
-    initial = {row: number for row, number in numbers.items() if not row.startswith("lr")}
-    return initial, lr_scale
+    lr_mults = lr_mults or {}
+    lr_factors = {}
+    for tensor_class in TENSOR_CLASSES:
+        class_factor = numbers.get(f"lr_{tensor_class}", 1.0)
+        constant = lr_mults.get(tensor_class, 1.0)
+        lr_factors[tensor_class] = numbers["lr"] * class_factor * constant
+    settings = {row: number for row, number in numbers.items() if not row.startswith("lr")}
+    return settings, lr_factors
 
 
 def class_of(name):
     """The tensor class of the parameter `name`. Raises ValueError if there is none, or two."""
     classes = []
-    for tensors, names in TENSOR_CLASSES.items():
+    for tensor_class, names in TENSOR_CLASSES.items():
         if set(names) & set(name.split(".")):
-            classes.append(tensors)
+            classes.append(tensor_class)
     if len(classes) != 1:
         found = " and ".join(classes) or "no tensor class"
         raise ValueError(f"parameter {name} is in {found}; name it in one line of TENSOR_CLASSES, "
@@ -222,18 +225,20 @@ def class_of(name):
     return classes[0]
 
 
-def param_groups(model, lr_scale):
+def param_groups(model, lr_factors):
     """
-    Adam's parameter groups, one for each tensor class, with its "name" and its "lr_scale".
-    Set group["lr"] = group["lr_scale"] · η · schedule(step). Raises ValueError as class_of does.
+    Adam's parameter groups, one for each tensor class, with its "name" and its "lr_factor".
+    Set group["lr"] = group["lr_factor"] · η · schedule(step). Raises ValueError as class_of does.
     """
     groups = {}
     for name, parameter in model.named_parameters():
-        tensors = class_of(name)
-        scale = lr_scale[tensors]       # a fork may change it for a layer, which gets its own group
-        if (tensors, scale) not in groups:
-            groups[tensors, scale] = {"params": [], "name": tensors, "lr_scale": scale}
-        groups[tensors, scale]["params"].append(parameter)
+        tensor_class = class_of(name)
+        # A fork may change the factor for one layer, which thereby gets a group of its own.
+        lr_factor = lr_factors[tensor_class]
+        key = (tensor_class, lr_factor)
+        if key not in groups:
+            groups[key] = {"params": [], "name": tensor_class, "lr_factor": lr_factor}
+        groups[key]["params"].append(parameter)
     return list(groups.values())
 
 
@@ -249,12 +254,12 @@ def print_table():
 def print_numbers(sizes):
     """Print what each column says of one model, with α₀ = 0.05 and each …_lr_mult at 1. Raises
     ValueError as parametrize does."""
-    initial = {}
-    lr_scale = {}
+    settings = {}
+    lr_factors = {}
     for name in COLUMNS:
-        initial[name], lr_scale[name] = parametrize(name, **sizes)
+        settings[name], lr_factors[name] = parametrize(name, **sizes)
     print(f"{'':>18}" + "".join(f"{name:>12}" for name in COLUMNS))
-    for part, prefix in ((lr_scale, "η × "), (initial, "")):
+    for part, prefix in ((lr_factors, "η × "), (settings, "")):
         rows = dict.fromkeys(row for name in COLUMNS for row in part[name])
         for row in rows:
             cells = "".join(f"{part[name].get(row, 1):12.4g}" for name in COLUMNS)

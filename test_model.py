@@ -463,25 +463,25 @@ def test_every_cell_gives_the_published_number(line):
     column, *numbers = line.split()
     width, depth, steps, batch_size = map(int, numbers[:4])
     embedding, hidden, unembedding, rescalers, alpha, s_z, scale = map(float, numbers[4:])
-    initial, lr_scale = parametrize(column, width=width, depth=depth, steps=steps,
-                                    batch_size=batch_size, **BASE)
-    assert lr_scale == pytest.approx({"embedding": embedding, "hidden": hidden, "unembedding": unembedding,
-                                      "rescalers": rescalers}, rel=1e-5)
-    assert initial == pytest.approx({
+    settings, lr_factors = parametrize(column, width=width, depth=depth, steps=steps,
+                                       batch_size=batch_size, **BASE)
+    assert lr_factors == pytest.approx({"embedding": embedding, "hidden": hidden, "unembedding": unembedding,
+                                        "rescalers": rescalers}, rel=1e-5)
+    assert settings == pytest.approx({
         "alpha_A_init": alpha, "alpha_M_init": alpha, "s_z_init": s_z, "alpha_A_scale": scale,
         "alpha_M_scale": scale, "s_qk_scale": scale, "s_z_scale": scale}, rel=1e-5)
 
 
 def test_nugpts_numbers_by_hand():
     """m_w = 4, m_d = 9, m_t = 125, each a power of another prime."""
-    initial, lr_scale = parametrize("nugpt", **LARGE)
-    assert lr_scale["embedding"] == pytest.approx(4 ** -0.5 / 5)
-    assert lr_scale["hidden"] == pytest.approx(4 ** -0.75 / 5)
-    assert lr_scale["unembedding"] == pytest.approx(4 ** -0.75 / 5)
-    assert lr_scale["rescalers"] == pytest.approx(1 / 5)
-    assert initial["alpha_A_init"] == initial["alpha_M_init"] == pytest.approx(0.05 / 9)
-    assert initial["s_z_init"] == 2
-    assert initial["s_qk_scale"] == 1 / 32
+    settings, lr_factors = parametrize("nugpt", **LARGE)
+    assert lr_factors["embedding"] == pytest.approx(4 ** -0.5 / 5)
+    assert lr_factors["hidden"] == pytest.approx(4 ** -0.75 / 5)
+    assert lr_factors["unembedding"] == pytest.approx(4 ** -0.75 / 5)
+    assert lr_factors["rescalers"] == pytest.approx(1 / 5)
+    assert settings["alpha_A_init"] == settings["alpha_M_init"] == pytest.approx(0.05 / 9)
+    assert settings["s_z_init"] == 2
+    assert settings["s_qk_scale"] == 1 / 32
 
 
 def test_constants_multiply_the_rate_of_the_class_of_their_name(monkeypatch):
@@ -491,15 +491,15 @@ def test_constants_multiply_the_rate_of_the_class_of_their_name(monkeypatch):
     monkeypatch.setitem(COLUMNS["nugpt"], "lr_gates", "m_w^-1/2")
     _, plain = parametrize("nugpt", **LARGE)
     constants = {"embedding": 2, "hidden": 3, "unembedding": 0.3, "rescalers": 5}
-    _, changed = parametrize("nugpt", constants=constants, **LARGE)
+    _, changed = parametrize("nugpt", lr_mults=constants, **LARGE)
     ratios = {name: changed[name] / plain[name] for name in plain}
     assert ratios == pytest.approx({"embedding": 2, "gates": 1, "hidden": 3, "unembedding": 0.3, "rescalers": 5})
     assert plain["gates"] == pytest.approx(0.5 / 5)
 
 
 def test_alpha_starts_in_proportion_to_alpha_init():
-    initial, _ = parametrize("nugpt", alpha_init=0.2, **LARGE)
-    assert initial["alpha_M_init"] == pytest.approx(0.2 / 9)
+    settings, _ = parametrize("nugpt", alpha_init=0.2, **LARGE)
+    assert settings["alpha_M_init"] == pytest.approx(0.2 / 9)
 
 
 @pytest.mark.parametrize("cell", ["m_x^2", "m_w^half", "", "2 m_w", "m_w^1/0"])
@@ -585,13 +585,13 @@ def test_train_takes_adams_steps_at_the_tables_rates(data, tmp_path):
     """Three steps, written out: the model of init, batches of batch_starts, Adam (arXiv:1412.6980)
     and AdamW's decay, at the rates of the table on a cosine to 10 %."""
     constants = {"embedding": 2, "hidden": 1.5, "unembedding": 0.7, "rescalers": 0.6}
-    changes = {f"{tensors}_lr_mult": constant for tensors, constant in constants.items()}
+    changes = {f"{tensor_class}_lr_mult": constant for tensor_class, constant in constants.items()}
     changes.update(steps=3, learning_rate=0.03, weight_decay=0.1)
     assert run(*options(data, tmp_path, **changes)) == 0
 
     sizes = {"width": 32, "depth": 2, "steps": 3, "batch_size": 4, "base_width": 16, "base_depth": 1,
              "base_steps": 4, "base_batch_size": 2}
-    _, lr_scale = parametrize("nugpt", constants=constants, **sizes)
+    _, lr_factors = parametrize("nugpt", lr_mults=constants, **sizes)
     model = initial_model(**changes)
     tokens = read_tokens(data / "train.bin").astype(int)
     m = {}
@@ -609,7 +609,7 @@ def test_train_takes_adams_steps_at_the_tables_rates(data, tmp_path):
             unbiased_v = v[name] / (1 - 0.95 ** (t + 1))
             step = unbiased_m / (unbiased_v.sqrt() + 1e-16)
             decay = 0 if name.endswith("raw") else 0.1
-            scale = lr_scale[parametrize_py.class_of(name)]
+            scale = lr_factors[parametrize_py.class_of(name)]
             parameter.data -= rate * scale * (step + decay * parameter.data)
         model.normalize_weights()
     for name, parameter in model.named_parameters():
@@ -1384,8 +1384,8 @@ ABLATIONS = {       # name: its edits, each (file, text before, text after)
         ("model.py", "(u * F.silu(nu))", "(u * F.relu(nu).square())"),
     ],
     "a rate for each layer": [
-        ("parametrize.py", "        scale = lr_scale[tensors] ",
-         '        scale = lr_scale[tensors] * (0.5 if name.startswith("blocks.0.") else 1) '),
+        ("parametrize.py", "        lr_factor = lr_factors[tensor_class]",
+         '        lr_factor = lr_factors[tensor_class] * (0.5 if name.startswith("blocks.0.") else 1)'),
     ],
     "another class of tensors, with its rate": [
         ("parametrize.py", '"W_nu", "W_oMLP"],', '"W_nu"],\n    "outputs": ["W_oMLP"],'),

@@ -1,8 +1,8 @@
 """
 Train a normalized Transformer: in one process, on one node or on several.
 
-    python train.py --base=results/laptop.json                   the base, a small model for a CPU
-    python train.py --base=results/laptop.json --width=384 --out_dir=out/wide       8 times as wide
+    python train.py --base=results/laptop.json --out_dir=out/base       the base, for a CPU
+    python train.py --base=results/laptop.json --out_dir=out/wide --width=384       8 times as wide
     torchrun --nproc_per_node=8 train.py --base=results/gpu.json --data=data/fineweb --width=2048
     python train.py --out_dir=out/wide --resume                  continue a run, with its options
     python train.py --out_dir=out/wide --sample_only             print text from it
@@ -145,16 +145,18 @@ MAY_CHANGE_ON_RESUME = {
 NOT_FROM_A_BASE = MAY_CHANGE_ON_RESUME | {"seed", "vocab_size", "dtype", "init_from"}
 
 LOGGED_RESCALERS = ["alpha_A", "alpha_M", "s_z"]        # means of |α_A|, |α_M| and |s_z|
+# seconds: of training, without evaluations and checkpoints
 LOG = ["step", "tokens", "learning_rate", "train_loss", "val_loss", "seconds", "tokens_per_second",
-       *LOGGED_RESCALERS, "status"]     # seconds: of training, without evaluations
+       *LOGGED_RESCALERS, "status"]
+# seconds: of all that `train` does, but for the sample
 OUTCOME = ["step", "val_loss", "bits_per_byte", "train_loss", "tokens", "parameters", "status",
-           "seconds", *LOGGED_RESCALERS]        # seconds: of the whole process
+           "seconds", *LOGGED_RESCALERS]
 EXIT_CODES = {"finished": 0, "diverged": 3, "stopped": 4}       # 1: bad input
 
 rank = int(os.environ.get("RANK") or 0)             # torchrun sets these
 local_rank = int(os.environ.get("LOCAL_RANK") or 0)
 world_size = int(os.environ.get("WORLD_SIZE") or 1)
-patient_group = None    # of processes that wait, with a long time-out, for one to write a file
+long_timeout_group = None       # of processes, in which all wait while one writes a checkpoint
 signals = []            # SIGTERM and Ctrl-C that came
 quiet = False           # results/sweep.py sets it: no lines, no progress bar
 
@@ -374,7 +376,7 @@ def say_if_micro_batches_are_tiny(config):
 def open_device(config):
     """(device of this process, autocast context). Starts the process group, and replaces
     dtype="auto" in config."""
-    global patient_group
+    global long_timeout_group
     device = pick_device(config)
     on_gpu = device.type == "cuda"
     if on_gpu:
@@ -386,12 +388,12 @@ def open_device(config):
 
     if world_size > 1 and not dist.is_initialized():
         # a node that is gone is missed after 10 minutes; a checkpoint may take longer
-        patience = timedelta(minutes=10)
+        timeout = timedelta(minutes=10)
         if on_gpu:
-            dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, timeout=patience)
+            dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, timeout=timeout)
         else:
-            dist.init_process_group("gloo", timeout=patience)
-        patient_group = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
+            dist.init_process_group("gloo", timeout=timeout)
+        long_timeout_group = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
 
     config.dtype = pick_dtype(config, device)
     if not on_gpu:
@@ -440,33 +442,35 @@ def tune_cpu(config):
 
 
 def apply_table(config, columns=COLUMNS):
-    """(initial values, multipliers of η) for config's model: what parametrize returns. This is the
-    method. Raises ValueError as parametrize does."""
-    # the options embedding_lr_mult, hidden_lr_mult, …; 1 for a class that has none
-    constants = {tensors: getattr(config, f"{tensors}_lr_mult", 1.0) for tensors in TENSOR_CLASSES}
+    """(settings of the rescalers, factors of η) for config's model: what parametrize returns. This
+    is the method. Raises ValueError as parametrize does."""
+    lr_mults = {}
+    for tensor_class in TENSOR_CLASSES:
+        # the options embedding_lr_mult, hidden_lr_mult, …; 1 for a fork's class without one
+        lr_mults[tensor_class] = getattr(config, f"{tensor_class}_lr_mult", 1.0)
     return parametrize(
         config.parametrization,
         width=config.width, base_width=config.base_width,
         depth=config.depth, base_depth=config.base_depth,
         steps=config.steps, base_steps=config.base_steps,
         batch_size=config.batch_size, base_batch_size=config.base_batch_size,
-        alpha_init=config.alpha_init, constants=constants, columns=columns)
+        alpha_init=config.alpha_init, lr_mults=lr_mults, columns=columns)
 
 
 def build(config, device):
     """(model, optimizer) in config's parametrization. Raises ValueError for impossible sizes."""
-    initial, lr_scale = apply_table(config)
+    settings, lr_factors = apply_table(config)
     model_config = GPTConfig(config.width, config.depth, config.head_dim, config.vocab_size,
-                             config.seq_len, **initial)
+                             config.seq_len, **settings)
     torch.manual_seed(config.seed)
     with device:
         model = GPT(model_config)
-    return model, make_optimizer(model, lr_scale, config)
+    return model, make_optimizer(model, lr_factors, config)
 
 
-def make_optimizer(model, lr_scale, config):
-    """AdamW with a group for each tensor class. Rescalers do not decay."""
-    groups = param_groups(model, lr_scale)
+def make_optimizer(model, lr_factors, config):
+    """AdamW with a group for each tensor class. The class "rescalers" does not decay."""
+    groups = param_groups(model, lr_factors)
     for group in groups:
         group["weight_decay"] = 0.0 if group["name"] == "rescalers" else config.weight_decay
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2),
@@ -612,7 +616,7 @@ def lock(folder):
 
 
 def append_log(path, row):
-    """The size of log.csv after a row was added. An empty file gets the columns first."""
+    """Adds a row to log.csv, and before the first row the columns. Returns the file's size."""
     with open(path, "a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, LOG, lineterminator="\n")
         if file.tell() == 0:
@@ -621,9 +625,11 @@ def append_log(path, row):
         return file.tell()
 
 
-def save(path, **content):
-    """Rank 0 writes content to path, whole or not at all, while the others wait. All raise OSError
-    if it fails."""
+def save(path, record, progress, model, optimizer):
+    """Rank 0 writes a checkpoint to path, whole or not at all, while the others wait. All raise
+    OSError if it fails."""
+    content = {**record, "progress": progress, "model": model.state_dict(),
+               "optimizer": optimizer.state_dict()}
     trouble = None
     if rank == 0:
         try:
@@ -634,7 +640,7 @@ def save(path, **content):
             trouble = f"{path} could not be written ({reason}); the last is untouched"
     if world_size > 1:
         everybody = [trouble]
-        dist.broadcast_object_list(everybody, group=patient_group)
+        dist.broadcast_object_list(everybody, group=long_timeout_group)
         trouble = everybody[0]
     if trouble:
         raise OSError(trouble)
@@ -670,13 +676,13 @@ def commit():
 # The run
 
 
-def train(config, build=build, after_step=None):
+def train(config, build_model=build, after_step=None):
     """
     The outcome of the run that config describes, as {column of OUTCOME: value}; its "status" is
     finished, diverged or stopped. Raises ValueError, with one sentence, for bad input, and OSError
     if a file cannot be written.
 
-    build(config, device) makes the model and its optimizer; a fork may pass its own.
+    build_model(config, device) makes the model and its optimizer; a fork may pass its own.
     after_step(step, model) is called before the first step, with the step a run begins at, and
     after each step.
     """
@@ -690,20 +696,22 @@ def train(config, build=build, after_step=None):
     config.vocab_size = pick_vocab_size(config, meta)
 
     # model and optimizer
-    model, optimizer = build(config, device)
-    folder = Path(config.out_dir)
-    path = folder / "ckpt.pt"
-    goes_on = bool(config.out_dir) and path.exists()    # restore refuses it without --resume
-    if config.init_from and not goes_on:
-        start_from(config.init_from, model)
-
-    # a new run, or one that goes on
+    model, optimizer = build_model(config, device)
     record = {"config": asdict(config), "model_config": asdict(model.config), "data": meta,
               "commit": commit(), "torch": str(torch.__version__),
               "cudnn": torch.backends.cudnn.version()}
+
+    # a new run, or one that goes on
+    folder = Path(config.out_dir)
+    path = folder / "ckpt.pt"
+    has_checkpoint = bool(config.out_dir) and path.exists()
+    require(config.resume or not has_checkpoint, f"{folder} already holds a run; continue it with "
+                                                 "--resume, or choose another --out_dir")
     progress = {"step": 0, "seconds": 0.0, "log_bytes": 0}
-    if goes_on:
+    if has_checkpoint:
         progress = restore(path, config, model, optimizer, record)
+    elif config.init_from:
+        start_from(config.init_from, model)
     step = progress["step"]
 
     # what is about to happen, in a few lines
@@ -711,9 +719,9 @@ def train(config, build=build, after_step=None):
     say_if_micro_batches_are_tiny(config)
     tokens_per_step = config.batch_size * config.seq_len
     flops_per_step = model.flops_per_token() * tokens_per_step
-    rate = matrix_rate(device, config.dtype)
-    fastest_step = flops_per_step / rate / world_size
-    describe(config, model, optimizer, meta, train_tokens, device, fastest_step)
+    flops_per_second = matrix_rate(device, config.dtype) * world_size
+    describe(config, model, optimizer, meta, train_tokens, device,
+             seconds_per_step=flops_per_step / flops_per_second)
 
     # files
     if world_size > 1:
@@ -724,11 +732,8 @@ def train(config, build=build, after_step=None):
         if locked.tell() > progress["log_bytes"]:
             locked.truncate(progress["log_bytes"])      # rows after the checkpoint come again
         write_json(folder / "config.json", record)
-    # What a checkpoint holds, beside Adam's state. These are references, not copies: the weights
-    # and `progress` in it are always those of now.
-    state = {**record, "progress": progress, "model": model.state_dict()}
     if step == 0 and config.out_dir:    # so that --resume finds this run, however early it ends
-        save(path, **state, optimizer=optimizer.state_dict())
+        save(path, record, progress, model, optimizer)
 
     forward, normalize_weights = maybe_compile(model, config)
     train_forward = forward
@@ -741,7 +746,7 @@ def train(config, build=build, after_step=None):
     if after_step:
         after_step(step, model)
 
-    status = "finished"     # if a finished run is resumed: then no step is left
+    status = "finished"     # for a finished run that is resumed: then no step is left
     bar = tqdm(total=config.steps, initial=step, disable=rank > 0 or quiet,
                mininterval=1 if sys.stderr.isatty() else 10)
     clock = time.perf_counter()         # at the last report
@@ -750,7 +755,7 @@ def train(config, build=build, after_step=None):
         # learning rate
         learning_rate = config.learning_rate * schedule(step, config)
         for group in optimizer.param_groups:
-            group["lr"] = group["lr_scale"] * learning_rate
+            group["lr"] = group["lr_factor"] * learning_rate
 
         # gradients, summed over micro-batches and averaged over ranks
         starts = batch_starts(config.seed, step, config.batch_size, config.seq_len,
@@ -799,7 +804,7 @@ def train(config, build=build, after_step=None):
                "learning_rate": float(f"{learning_rate:.6g}"), "train_loss": train_loss,
                "seconds": round(progress["seconds"] + seconds, 3),
                "tokens_per_second": round(steps_per_second * tokens_per_step)}
-        utilization = steps_per_second * flops_per_step / rate / world_size
+        utilization = steps_per_second * flops_per_step / flops_per_second
         bar.set_postfix_str(f"loss {train_loss:.3f}, {row['tokens_per_second']:,} tokens/s, "
                             f"{utilization:.0%} of the matrix rate", refresh=False)
         if evaluating:
@@ -810,20 +815,26 @@ def train(config, build=build, after_step=None):
         finite = math.isfinite(train_loss) and math.isfinite(row.get("val_loss", 0))
         if finite and saving:
             finite = all(parameter.isfinite().all() for parameter in model.parameters())
-        status = ""
         if not finite:
             status = "diverged"
         elif last:
             status = "finished"
+        elif stopping:
+            status = "stopped"
+        else:
+            status = "running"
         progress.update(row)
         if config.out_dir and rank == 0 and (logging or not finite):
-            progress["log_bytes"] = append_log(folder / "log.csv", {**row, "status": status})
-        if not finite:
+            # a stopped run goes on in the same file: its rows say nothing of it
+            ended = status in ("diverged", "finished")
+            row["status"] = status if ended else ""
+            progress["log_bytes"] = append_log(folder / "log.csv", row)
+        if status == "diverged":
             progress["val_loss"] = math.nan
             break
         if saving and config.out_dir:
-            save(path, **state, optimizer=optimizer.state_dict())
-        if stopping and not last:
+            save(path, record, progress, model, optimizer)
+        if status == "stopped":
             break
         clock = time.perf_counter()     # neither evaluation nor checkpoints count as training time
         clock_step = step
@@ -833,7 +844,7 @@ def train(config, build=build, after_step=None):
 
     # outcome
     outcome = {name: progress.get(name) for name in OUTCOME}
-    outcome["status"] = status or "stopped"
+    outcome["status"] = status
     outcome["parameters"] = model.num_params()
     outcome["seconds"] = round(time.perf_counter() - started, 2)
     if outcome["val_loss"] is not None and meta["val"]["bytes"]:
@@ -857,23 +868,20 @@ def start_from(folder, model):
 
 
 def restore(path, config, model, optimizer, record):
-    """The progress of the run whose checkpoint stands at path, after its weights and Adam's state
-    were loaded. Raises ValueError if it is not the run that config and record describe."""
-    folder = path.parent
-    require(config.resume, f"{folder} already holds a run; continue it with --resume, or choose "
-                           "another --out_dir")
+    """Loads weights and Adam's state of the checkpoint at path, and returns the progress of its run.
+    Raises ValueError if it is not the run that config and record describe."""
     # A GPU copies from a file that is mapped to memory. On the CPU Adam's state would go on
     # pointing into the file, and its place on the disk would stay taken.
     checkpoint = load(path, mmap=model.embedding.is_cuda)
     require(checkpoint["model_config"] == record["model_config"],
             f"{path} was trained with another model_config")
     require(fingerprint(checkpoint["data"]) == fingerprint(record["data"]),
-            f"{path} was trained with another data than {config.data}; --init_from={folder} starts "
-            "a new run from its weights")
-    rates = [group["lr_scale"] for group in optimizer.param_groups]
-    saved = [group["lr_scale"] for group in checkpoint["optimizer"]["param_groups"]]
-    require(rates == saved, f"{path} was trained with other learning rates: has parametrize.py "
-                            "changed?")
+            f"{path} was trained with another data than {config.data}; --init_from={path.parent} "
+            "starts a new run from its weights")
+    factors = [group["lr_factor"] for group in optimizer.param_groups]
+    saved = [group.get("lr_factor") for group in checkpoint["optimizer"]["param_groups"]]
+    require(factors == saved, f"{path} was trained with other learning rates: has parametrize.py "
+                              "changed?")
     model.load_state_dict(checkpoint["model"])
     optimizer.load_state_dict(checkpoint["optimizer"])
     return checkpoint["progress"]
@@ -886,7 +894,7 @@ def describe(config, model, optimizer, meta, train_tokens, device, seconds_per_s
     say(f"{config.parametrization}: {model.num_params():,} parameters, {config.steps:,} steps, "
         f"{tokens:,} tokens, {epochs:.1f} epochs of {config.data}, {config.dtype}, "
         f"{world_size} × {device}")
-    rates = [f"{group['name']} {config.learning_rate * group['lr_scale']:.3g}"
+    rates = [f"{group['name']} {config.learning_rate * group['lr_factor']:.3g}"
              for group in optimizer.param_groups]
     say(f"m_w={config.width / config.base_width:g} m_d={config.depth / config.base_depth:g} "
         f"m_t={config.steps / config.base_steps:g}; η={config.learning_rate:g} becomes "
@@ -895,11 +903,14 @@ def describe(config, model, optimizer, meta, train_tokens, device, seconds_per_s
         sentence = not_carried(config, meta)
         if sentence:
             say(sentence)
+    if not config.base and not config.resume:
+        say(f"note: no --base was given: η is taken as tuned at width {config.base_width}, "
+            f"{config.base_depth} blocks and {config.base_steps:,} steps; the default η is not")
     if epochs > 4:
         say("more than 4 epochs teach little; new text: "
             f"`python prepare_data.py fineweb --tokens={tokens:.0e}`")
-    say(f"a step takes at least {seconds_per_step:.3g} s here: the time of its matrix products, at "
-        "the rate of a large one")
+    say(f"a step takes at least {seconds_per_step:.3g} s here: its matrix products alone, at the "
+        "rate of a large product")
     if device.type == "cpu" and seconds_per_step > 60:
         say("that is for a GPU; for a CPU there is `python train.py --base=results/laptop.json`")
 
@@ -984,7 +995,9 @@ def load_config(given, config_class=Config):
         given = {**read_base(given["base"], config_class), **given}
     config = config_class(**given)
     path = Path(config.out_dir, "ckpt.pt")
-    if not (config.resume or config.sample_only) or not (config.out_dir and path.exists()):
+    has_checkpoint = bool(config.out_dir) and path.exists()
+    wants_checkpoint = config.resume or config.sample_only
+    if not (has_checkpoint and wants_checkpoint):
         return config
 
     checkpoint = load(path, mmap=True)
@@ -997,9 +1010,9 @@ def load_config(given, config_class=Config):
     automatic = {"dtype": "auto", "vocab_size": 0}
     given = {name: value for name, value in given.items() if automatic.get(name) != value}
     config = replace(saved, **{"resume": False, "sample_only": False, **given})
-    free = {"seed"} if config.sample_only else set()
+    may_differ = {"seed"} if config.sample_only else set()
     changed = [name for name in mathematics(config_class)
-               if getattr(config, name) != getattr(saved, name) and name not in free]
+               if getattr(config, name) != getattr(saved, name) and name not in may_differ]
     if changed and not goes_on_to_another_horizon(saved, config, changed, done):
         had = ", ".join(f"{name}={getattr(saved, name)}" for name in changed)
         raise ValueError(f"{config.out_dir} has {had}, which a resumed run cannot change")
@@ -1015,14 +1028,14 @@ def goes_on_to_another_horizon(before, now, changed, done):
             and all(schedule(step, now) == schedule(step, before) for step in range(done)))
 
 
-def sample(config, build=build):
+def sample(config, build_model=build):
     """Print a sample of the model in config.out_dir. Neither its text nor another folder is needed.
     Raises ValueError if there is no trained model, or no tokenizer."""
     checkpoint = load(Path(config.out_dir, "ckpt.pt"))
     require(checkpoint["progress"]["step"] > 0, f"{config.out_dir} has no trained model yet")
     check(config)
     device, autocast = open_device(config)
-    model, _ = build(config, device)
+    model, _ = build_model(config, device)
     require(checkpoint["model_config"] == asdict(model.config),
             f"{config.out_dir} was trained with another model_config: has parametrize.py changed?")
     model.load_state_dict(checkpoint["model"])
@@ -1064,7 +1077,7 @@ def fail(sentence, everybody=False):
     sys.exit(f"train.py: {sentence}" if local_rank == 0 or everybody else 1)
 
 
-def main(argv, config_class=Config, build=build):
+def main(argv, config_class=Config, build_model=build):
     """The exit code of the run that the options in argv describe. Leaves with one sentence, and
     exit code 1, for bad input."""
     for stream in (sys.stdout, sys.stderr):
@@ -1075,11 +1088,11 @@ def main(argv, config_class=Config, build=build):
     try:
         config = load_config(given, config_class)
         if config.sample_only:
-            sample(config, build)
+            sample(config, build_model)
             return 0
         if config.out_dir:      # without a folder there is nothing to save
             watch_signals()
-        outcome = train(config, build)
+        outcome = train(config, build_model)
     except ValueError as error:
         fail(error)
     except torch.OutOfMemoryError:

@@ -127,13 +127,13 @@ def parametrize(parametrization, **options):
 
 def build(config, device):
     """(model, optimizer) of a plain GPT. Raises ValueError for impossible sizes."""
-    initial, lr_scale = train.apply_table(config, COLUMNS)
+    settings, lr_factors = train.apply_table(config, COLUMNS)
     model_config = PlainGPTConfig(config.width, config.depth, config.head_dim, config.vocab_size,
-                                  config.seq_len, embedding_std=config.embedding_std, **initial)
+                                  config.seq_len, embedding_std=config.embedding_std, **settings)
     torch.manual_seed(config.seed)
     with device:
         model = PlainGPT(model_config)
-    return model, train.make_optimizer(model, lr_scale, config)
+    return model, train.make_optimizer(model, lr_factors, config)
 
 
 if __name__ == "__main__":

@@ -204,8 +204,8 @@ def powers_table(axis, verdicts):
             continue
         slope, _ = verdict.drift
         row = [name]
-        for tensors in TENSOR_CLASSES:
-            power = verdict.powers.get(tensors)
+        for tensor_class in TENSOR_CLASSES:
+            power = verdict.powers.get(tensor_class)
             row.append("-" if power is None else f"{power:+.2f} → {power + slope:+.2f}")
         rows.append(row)
     return table(rows)

@@ -41,8 +41,8 @@ OPTIONS = train.mathematics(plain.Config)       # these make a run, with the dat
 
 AXES = ["width", "depth", "steps", "batch_size"]
 SIZES = [*AXES, *(f"base_{axis}" for axis in AXES)]
-CLASSES = [tensors for tensors in TENSOR_CLASSES if f"{tensors}_lr_mult" in OPTION_TYPES]
-MULTS = [f"{tensors}_lr_mult" for tensors in CLASSES]
+CLASSES = [name for name in TENSOR_CLASSES if f"{name}_lr_mult" in OPTION_TYPES]
+MULTS = [f"{tensor_class}_lr_mult" for tensor_class in CLASSES]
 
 # These vary within a sweep.
 VARYING = ["parametrization", *AXES, "learning_rate", "seed", "dtype"]
@@ -162,22 +162,22 @@ def read_value(cell, kind):
 
 
 @functools.cache
-def rates_of(column, alpha_init, sizes, constants):
-    """parametrize.parametrize's pair (initial, lr_scale), from tuples of SIZES and of MULTS."""
+def rates_of(column, alpha_init, sizes, lr_mults):
+    """parametrize.parametrize's pair (settings, lr_factors), of tuples of SIZES and of MULTS."""
     rule = plain.parametrize if column in plain.COLUMNS else parametrize.parametrize
     return rule(
         column,
         alpha_init=alpha_init,
-        constants=dict(zip(CLASSES, constants)),
+        lr_mults=dict(zip(CLASSES, lr_mults)),
         **dict(zip(SIZES, sizes)),
     )
 
 
 def rates_for(run, column):
-    """(initial, lr_scale) that a column gives a run's model. Raises ValueError if it is unknown."""
+    """(settings, lr_factors) by a column for a run's model. Raises ValueError if it is unknown."""
     sizes = tuple(run[key] for key in SIZES)
-    constants = tuple(run[key] for key in MULTS)
-    return rates_of(column, run["alpha_init"], sizes, constants)
+    lr_mults = tuple(run[key] for key in MULTS)
+    return rates_of(column, run["alpha_init"], sizes, lr_mults)
 
 
 def factor_on_eta(run, column):
@@ -187,13 +187,14 @@ def factor_on_eta(run, column):
     At the base size all columns are one model: 1. At the base width and depth columns differ by the
     powers of m_t and m_b alone, which multiply every class's rate.
     """
-    initial, scale = rates_for(run, run["parametrization"])
-    wanted_initial, wanted_scale = rates_for(run, column)
-    if initial != wanted_initial:
+    settings, lr_factors = rates_for(run, run["parametrization"])
+    wanted_settings, wanted_factors = rates_for(run, column)
+    if settings != wanted_settings:
         return 0
-    factor = sum(scale.values()) / sum(wanted_scale.values())
-    for tensors in scale:
-        if not math.isclose(scale[tensors], factor * wanted_scale[tensors]):
+    factor = sum(lr_factors.values()) / sum(wanted_factors.values())
+    for tensor_class in lr_factors:
+        wanted = factor * wanted_factors[tensor_class]
+        if not math.isclose(lr_factors[tensor_class], wanted):
             return 0
     return round(factor, 9)
 
@@ -513,18 +514,19 @@ def judge(runs, axis=None, control="ngpt"):
     """
     center = {key: statistics.mode(run[key] for run in runs) for key in MULTS}
     classes = classes_varied(runs, center)
-    check_one_sweep(runs, may_differ=[f"{tensors}_lr_mult" for tensors in classes])
+    check_one_sweep(runs, may_differ=[f"{tensor_class}_lr_mult" for tensor_class in classes])
     varying = [key for key in AXES if len({run[key] for run in runs}) > 1]
     axis = axis or find_axis(varying)
     runs_of_size = group_by_size(runs, axis, varying)
 
     ran = {run["parametrization"] for run in runs}
     verdicts = {}
-    for tensors in classes:
+    for tensor_class in classes:
         column = runs[0]["parametrization"]
-        curves = curves_of(column, f"{tensors}_lr_mult", runs_of_size, center)
-        verdicts[tensors] = judge_column(curves)
-        verdicts[tensors].powers = powers_of(column, [tensors], verdicts[tensors], runs_of_size)
+        curves = curves_of(column, f"{tensor_class}_lr_mult", runs_of_size, center)
+        judged = judge_column(curves)
+        judged.powers = powers_of(column, [tensor_class], judged, runs_of_size)
+        verdicts[tensor_class] = judged
     if not classes:
         for column in show.in_order({*ran, control, "nugpt"}):
             curves = curves_of(column, "learning_rate", runs_of_size, center={})
@@ -608,10 +610,10 @@ def powers_of(column, classes, verdict, runs_of_size):
     _, small = rates_for(runs_of_size[smallest][0], column)
     _, large = rates_for(runs_of_size[largest][0], column)
     powers = {}
-    for tensors in classes:
-        if tensors == "rescalers" and column in plain.COLUMNS:
+    for tensor_class in classes:
+        if tensor_class == "rescalers" and column in plain.COLUMNS:
             continue        # the plain GPT has none
-        powers[tensors] = math.log2(large[tensors] / small[tensors]) / doublings
+        powers[tensor_class] = math.log2(large[tensor_class] / small[tensor_class]) / doublings
     return powers
 
 
