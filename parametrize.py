@@ -90,7 +90,7 @@ Where the cells come from.
             each …_lr_mult at 1.
   mup       "μP for widths" of arXiv:2604.27077. Its text gives the power of m_t, a lemma the rest.
   nugpt     arXiv:2604.27077. m_t^-1/3 is a fit, not a theorem (section 4.6). It fits the schedules
-            cosine and linear; wsd wants about -1/2.
+            cosine and linear; wsd wants about -1/2, for which a column may set lr.
   s_z_init  m_w^1/2 is missing from the paper's list of rules; Lemma 6.8 and section 7.5 need it.
 Constants.
   The options …_lr_mult, one for each class of tensors, and --alpha_init belong to the base and are

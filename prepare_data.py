@@ -87,9 +87,9 @@ NOT_TEXT = {                    # first bytes: what the file is
     b"\x1f\x8b": "packed by gzip twice",
 }
 CHUNK = 2 ** 20                 # characters in a piece of text
-VAL_SHARE = 20                  # one part in 20 of the text is for validation
-WHOLE_FILES = 200               # of so many files or more, each goes to one split as a whole
-TEXT_FILES = ("train.bin", "val.bin", "meta.json")      # what is made of text
+VAL_ONE_IN = 20                 # one part in 20 of the text is for validation
+SPLIT_BY_FILE_FROM = 200        # of so many files or more, each goes to one split as a whole
+OUTPUT_FILES = ("train.bin", "val.bin", "meta.json")    # what is made of text
 UNFINISHED = "unfinished.json"      # is there while these files get their names
 
 # tiktoken's regular expressions overflow their stack at a run of a million blanks. The look-behind
@@ -613,9 +613,9 @@ class ByteTokenizer:
     vocab_size = 256
     end_of_text = None
 
-    def encode(self, texts):
+    def encode(self, text):
         # a prompt on the command line may hold what is no character
-        return [np.frombuffer(text.encode(errors="replace"), np.uint8) for text in texts]
+        return np.frombuffer(text.encode(errors="replace"), np.uint8)
 
     def decode(self, tokens):
         return bytes(list(tokens)).decode(errors="replace")
@@ -635,11 +635,8 @@ class Tokenizer:
         if MARK in encoding.special_tokens_set:
             self.end_of_text = encoding.eot_token
 
-    def encode(self, texts):
-        """A list of tokens for each text. Raises ValueError if tiktoken cannot take one."""
-        return [self.encode_one(text) for text in texts]
-
-    def encode_one(self, text):
+    def encode(self, text):
+        """The tokens of a text. Raises ValueError if tiktoken cannot take it."""
         require(not BLANKS.search(text), "500,000 blanks or more in a row, too many for tiktoken")
         try:
             return self.encoding.encode_ordinary(text)
@@ -667,7 +664,7 @@ def tokenizer_names():
 
 
 def get_tokenizer(name):
-    """The Tokenizer of this name: "byte" or an encoding of tiktoken. It has encode(list of texts),
+    """The Tokenizer of this name: "byte" or an encoding of tiktoken. It has encode(text),
     decode(tokens), vocab_size and end_of_text (a token or None). Raises ValueError if there is none
     of this name, or no way to its vocabulary."""
     require(name in tokenizer_names(),
@@ -684,13 +681,13 @@ def get_tokenizer(name):
 
 
 def share_out(texts):
-    """Fills in how much of each text is for training. Of WHOLE_FILES or more each text goes to one
-    split, by a hash of its name, and stays there when others are added. Of fewer the last part of
-    each is for validation."""
+    """Fills in how much of each text is for training. Of SPLIT_BY_FILE_FROM or more each text goes
+    to one split, by a hash of its name, and stays there when others are added. Of fewer the last
+    part of each is for validation."""
     for text in texts:
-        if len(texts) < WHOLE_FILES:
-            text.for_training = round(text.characters * (1 - 1 / VAL_SHARE))
-        elif zlib.crc32(os.fsencode(text.name)) % VAL_SHARE != 0:
+        if len(texts) < SPLIT_BY_FILE_FROM:
+            text.for_training = round(text.characters * (1 - 1 / VAL_ONE_IN))
+        elif zlib.crc32(os.fsencode(text.name)) % VAL_ONE_IN != 0:
             text.for_training = text.characters
 
 
@@ -702,23 +699,27 @@ class Piece(NamedTuple):
 
 def split_text(text):
     """Yields the Pieces of a text. In both splits the last is END."""
-    left = text.for_training
+    left = text.for_training        # characters
     split = "train" if left > 0 else "val"
     for content in documents(text):
         if content is END:
             yield Piece(split, END, text.path)
             if left == 0:
                 split = "val"
-        elif split == "val" or len(content) <= left:
-            yield Piece(split, content, text.path)
-            left = max(0, left - len(content))
-        else:
-            # the border falls into this piece
-            yield Piece("train", content[:left], text.path)
+            continue
+        if split == "val":
+            yield Piece("val", content, text.path)
+            continue
+        for_training = content[:left]
+        for_validation = content[left:]
+        left -= len(for_training)
+        if for_training:
+            yield Piece("train", for_training, text.path)
+        if for_validation:
+            # the border falls into this document
             yield Piece("train", END, text.path)
-            yield Piece("val", content[left:], text.path)
+            yield Piece("val", for_validation, text.path)
             split = "val"
-            left = 0
 
 
 # ------------------------------------------------------------------------------------------------
@@ -780,7 +781,7 @@ def encode_batch(tokenizer, batch):
     for split, content, path in batch:
         if content is not END:
             try:
-                tokens = tokenizer.encode([content])[0]
+                tokens = tokenizer.encode(content)
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from None
             encoded.append((split, np.asarray(tokens), len(content.encode())))
@@ -833,8 +834,8 @@ def publish(out, meta):
 
 
 def write_folder(texts, out, maker, tokenizer, progress=True):
-    """meta.json's content, written to the folder out with train.bin and val.bin. Raises ValueError
-    if a split has no text, or more tokens than a file can hold."""
+    """Writes train.bin, val.bin and meta.json to the folder out; returns meta.json's content. Raises
+    ValueError if a split has no text, or more tokens than a file can hold."""
     meta = {
         "made_by": maker,
         "files": len(texts),
@@ -871,8 +872,8 @@ def without_empty(texts, left_out):
 
 def prepare_text(source, out, tokenizer="byte", val=None, field="text", overwrite=False,
                  progress=True):
-    """meta.json's content of a data folder made of a text or a folder of texts. val: the same of
-    texts for validation. Raises ValueError with one sentence if anything is not right."""
+    """Makes a data folder of a text or a folder of texts; returns its meta.json's content. val: a
+    text or a folder for validation. Raises ValueError with one sentence if anything is not right."""
     out = Path(out)
     tokenizer = get_tokenizer(tokenizer)
     words = [os.path.abspath(source), f"--tokenizer={tokenizer.name}"]
@@ -893,7 +894,7 @@ def prepare_text(source, out, tokenizer="byte", val=None, field="text", overwrit
         text.field = field
         text.marks = tokenizer.end_of_text is not None
 
-    with claimed(out, TEXT_FILES, maker, overwrite):
+    with claimed(out, OUTPUT_FILES, maker, overwrite):
         marks = measure(texts + val_texts, progress)
         texts = without_empty(texts, left_out)
         val_texts = without_empty(val_texts, left_out)
@@ -912,8 +913,8 @@ def prepare_text(source, out, tokenizer="byte", val=None, field="text", overwrit
 
 
 def prepare_stdlib(out="data/stdlib", progress=True, tokenizer="byte", overwrite=False):
-    """meta.json's content of a data folder made of Python's standard library, without its tests and
-    what is installed beside it. A second process waits for the first."""
+    """Makes a data folder of Python's standard library, without its tests and what is installed
+    beside it; returns its meta.json's content. A second process waits for the first."""
     root = Path(sysconfig.get_paths()["stdlib"])
     skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
     texts = []
@@ -923,7 +924,7 @@ def prepare_stdlib(out="data/stdlib", progress=True, tokenizer="byte", overwrite
             texts.append(Text(path, str(name), marks=False))
     out = Path(out)
     maker = command(f"--tokenizer={tokenizer}")
-    with claimed(out, TEXT_FILES, maker, overwrite, wait=True):
+    with claimed(out, OUTPUT_FILES, maker, overwrite, wait=True):
         measure(texts, progress)
         share_out(texts)
         return write_folder(texts, out, maker, get_tokenizer(tokenizer), progress)
@@ -1007,10 +1008,10 @@ def count_bytes(files, tokenizer):
 
 
 def adopt_tokens(source, out=None, tokenizer=None, vocab_size=None, overwrite=False):
-    """meta.json's content, written to the folder out, of a data folder whose token files are those
-    in the folder source. They are neither copied nor changed. Without a tokenizer vocab_size says
-    what tokens there are. Without out it is data/NAME, but never source itself. Raises ValueError
-    with one sentence if anything is not right."""
+    """Makes a data folder, out, whose token files are those in the folder source; returns its
+    meta.json's content. Token files are neither copied nor changed. Without a tokenizer vocab_size
+    says what tokens there are. Without out it is data/NAME, but never source itself. Raises
+    ValueError with one sentence if anything is not right."""
     given = out is not None
     if not given:
         out = default_out(source)
@@ -1115,6 +1116,7 @@ def fetch(address, files, out, verify):
     free = shutil.disk_usage(out).free
     require(total - have <= free, f"{total - have:,} bytes are to be downloaded to {out}, "
                                   f"which has room for {free:,}")
+    # The answer does not matter. Without a network this says so, before eight seconds are over.
     in_time("without a network, use `python prepare_data.py`", requests.head, address + missing[0])
     with tqdm(total=total, initial=have, desc=str(out), unit="B", unit_scale=True,
               mininterval=1) as bar:
@@ -1123,14 +1125,15 @@ def fetch(address, files, out, verify):
 
 
 def prepare_shakespeare(out, tokenizer="byte", overwrite=False):
-    """meta.json's content of a data folder made of Shakespeare's plays, which stay there, too."""
+    """Downloads Shakespeare's plays and makes a data folder of them; returns its meta.json's
+    content."""
     def verify(path):
         require(sha256(path) == SHAKESPEARE_SHA256,
                 f"{path} is not the text of Shakespeare's plays (its sha256 is another)")
 
     tokenizer = get_tokenizer(tokenizer)
     maker = command("shakespeare", f"--tokenizer={tokenizer.name}")
-    with claimed(out, TEXT_FILES, maker, overwrite):
+    with claimed(out, OUTPUT_FILES, maker, overwrite):
         fetch(SHAKESPEARE, {"input.txt": SHAKESPEARE_BYTES}, out, verify)
         verify(out / "input.txt")       # also if it was there
         texts = [Text(out / "input.txt", "input.txt")]
@@ -1140,8 +1143,8 @@ def prepare_shakespeare(out, tokenizer="byte", overwrite=False):
 
 
 def prepare_fineweb(name, out, tokens=1e9, overwrite=False):
-    """meta.json's content of a data folder with the validation shard of FINEWEB[name], and with as
-    many training shards as have so many tokens."""
+    """Makes a data folder of downloaded shards; returns its meta.json's content. It has the
+    validation shard of FINEWEB[name], and as many training shards as have so many tokens."""
     address, file_name, count = FINEWEB[name]
     require(1 <= tokens <= count * SHARD_TOKENS,
             f"--tokens must be between 1 and {count * SHARD_TOKENS:,}, not {tokens}")
@@ -1217,7 +1220,7 @@ def default_out(source):
     return Path("data", path.name)
 
 
-def what_is(source):
+def kind_of(source):
     """The kind of a source: "stdlib", "shakespeare", "fineweb", "tokens" or "text"."""
     if source is None:
         return "stdlib"
@@ -1233,20 +1236,20 @@ def what_is(source):
 def prepare(args):
     """(folder, meta.json's content) of the data that the command line asks for."""
     source = args.source
-    what = what_is(source)
-    if what != "text":
+    kind = kind_of(source)
+    if kind != "text":
         require(args.val is None and args.field is None, "--val and --field go with your own text")
-    if what != "tokens":
+    if kind != "tokens":
         require(args.vocab_size is None, "--vocab_size goes with a folder of token files")
-    if what != "fineweb":
+    if kind != "fineweb":
         require(args.tokens is None, "--tokens goes with fineweb and fineweb_edu alone")
 
     out = default_out(source)
     if args.out:
         out = Path(args.out)
-    if what == "tokens":
+    if kind == "tokens":
         return out, adopt_tokens(source, args.out, args.tokenizer, args.vocab_size, args.overwrite)
-    if what == "fineweb":
+    if kind == "fineweb":
         require(args.tokenizer in (None, "gpt2"), f"{source} comes as tokens of gpt2")
         tokens = 1e9
         if args.tokens is not None:
@@ -1254,9 +1257,9 @@ def prepare(args):
         return out, prepare_fineweb(source, out, tokens, args.overwrite)
 
     tokenizer = args.tokenizer or "byte"
-    if what == "stdlib":
+    if kind == "stdlib":
         return out, prepare_stdlib(out, tokenizer=tokenizer, overwrite=args.overwrite)
-    if what == "shakespeare":
+    if kind == "shakespeare":
         return out, prepare_shakespeare(out, tokenizer, args.overwrite)
     field = args.field or "text"
     return out, prepare_text(source, out, tokenizer, args.val, field, args.overwrite)

@@ -1,20 +1,28 @@
 #!/usr/bin/env bash
-# Tune the base, or sweep the learning rate over several sizes and judge whether the best one stays.
-#
-#   ./sweep.sh base       40 settings of the base with one seed, the best five with all seeds
-#   ./sweep.sh laptop     to three times the base's width, one seed: 7 to 11 minutes on two cores
-#   ./sweep.sh width      to eight times the base's width, three seeds
-#   ./sweep.sh depth      half to eight times the base's blocks
-#   ./sweep.sh steps      to sixteen times the base's steps
-#   ./sweep.sh joint      width, depth and steps together
-#   ./sweep.sh batch      a quarter to four times the base's batch, at equal tokens
-#
-# Options of results/sweep.py and of train.py follow the name, and win over those written here:
-#   ./sweep.sh width --base=out/books.json --data=data/books --seed=0 --results=out/books_width.csv
-# --dry prints the runs. A repeated command continues. In values, 2x is twice the base's.
 set -euo pipefail
+
+usage() {
+    cat >&2 <<'end'
+Tune the base, or sweep the learning rate over several sizes and judge whether the best one stays.
+
+  ./sweep.sh base       40 settings of the base with one seed, the best five with all; 4 minutes
+  ./sweep.sh laptop     to three times the base's width, one seed; 7 to 11 minutes
+  ./sweep.sh width      to eight times the base's width; 2 1/2 hours
+  ./sweep.sh depth      half, twice and eight times the base's blocks; an hour
+  ./sweep.sh steps      to sixteen times the base's steps; 10 minutes
+  ./sweep.sh joint      width, depth and steps together; half an hour
+  ./sweep.sh batch      a quarter to four times the base's batch, at equal tokens; 8 minutes
+
+Three seeds, but for laptop. Times are of two cores with bfloat16 and results/laptop.json, those
+from width on estimated from the runs' own clocks.
+Options of results/sweep.py and of train.py follow the name, and win over those in this file:
+  ./sweep.sh width --base=out/books.json --data=data/books --seed=0 --results=out/books_width.csv
+--dry prints the runs. A repeated command continues. In values, 2x is twice the base's.
+end
+}
+
 here=$(dirname "$(realpath "$0")")
-python=${PYTHON:-python}
+python=${PYTHON:-python}        # the tests put another program here
 name=${1:-}
 shift || true
 
@@ -28,8 +36,14 @@ for option in "$@"; do
     esac
 done
 
+# The words of results/sweep.py: what stands before the first + holds for all runs, each + begins a
+# group of runs with options of its own, and what follows ++ holds for all runs again, and wins.
+# from:to:factor is a grid, low..high a range for random settings.
 options=("$@")
-sweep() { "$python" "$here/results/sweep.py" --base="$here/results/laptop.json" --results="$results" "$@" ++ "${options[@]}"; }
+sweep() {
+    "$python" "$here/results/sweep.py" --base="$here/results/laptop.json" --results="$results" \
+        "$@" ++ "${options[@]}"
+}
 
 # from 2^-1.5 times the base's η to 2 times it, in steps of √2; nGPT's best η walks to the left
 grid=--learning_rate=2^-1.5x:2x:2^.5
@@ -37,9 +51,9 @@ ngpt_grid=--learning_rate=2^-3x:1x:2^.5
 seeds=--seed=0,1,2
 control=ngpt
 
-# A run is made once, though it may serve several columns, as results/verdict.py knows. At the base
-# size all columns are one model. Over steps and batch columns that differ in lr alone are the same
-# runs, each at another η: so one column is enough there.
+# No ngpt at 1x: at the base size all columns are one model, and results/verdict.py takes nugpt's
+# runs for all of them. Over steps and over batch, columns that differ in lr alone are the same runs,
+# each at another η: so one column is enough there.
 case $name in
     base)
         sweep $seeds --random=40 --finalists=5 --write_base="${results%.csv}.json" \
@@ -82,7 +96,7 @@ case $name in
             + --batch_size=4x --steps=1/4x
         ;;
     *)
-        head -n 14 "$0" | tail -n 13 | cut -c3- >&2
+        usage
         exit 2
         ;;
 esac

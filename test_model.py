@@ -1814,7 +1814,7 @@ def test_standard_library_is_read_as_ever_even_if_it_is_not_utf8(tmp_path, monke
 
 def test_names_that_are_not_utf8_are_split_too():
     texts = [prepare_data.Text(None, os.fsdecode(b"%d-\xfc.txt" % number), characters=10)
-             for number in range(prepare_data.WHOLE_FILES)]
+             for number in range(prepare_data.SPLIT_BY_FILE_FROM)]
     prepare_data.share_out(texts)
     assert {text.for_training for text in texts} == {0, 10}
 

@@ -564,7 +564,7 @@ def draw_sample(model, tokenizer, config, autocast):
     text = config.prompt
     if not text and config.data == Config.data:
         text = "def "       # that data is Python source
-    prompt = tokenizer.encode([text])[0]
+    prompt = tokenizer.encode(text)
     if len(prompt) == 0:
         prompt = [ord("\n") if tokenizer.end_of_text is None else tokenizer.end_of_text]
     torch.manual_seed(config.seed)
@@ -590,9 +590,10 @@ def print_sample(model, tokenizer_name, config, autocast):
 # Files of a run
 
 
-def lock(folder):
-    """log.csv of the folder, open and locked, so that no second process writes there while this one
-    lives. Raises ValueError if another has it, or if log.csv or config.json is not of a run."""
+def lock_folder(folder):
+    """Makes the folder and locks it, so that no second process writes there; returns log.csv, open.
+    The lock lasts until that file is closed. Rows are written by append_log. Raises ValueError if
+    another process has the lock, or if log.csv or config.json is not of a run."""
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "config.json").exists():
         try:
@@ -728,7 +729,7 @@ def train(config, build_model=build, after_step=None):
         dist.barrier()      # no rank looks for ckpt.pt any more when the first one writes it
     locked = None
     if config.out_dir and rank == 0:
-        locked = lock(folder)
+        locked = lock_folder(folder)
         if locked.tell() > progress["log_bytes"]:
             locked.truncate(progress["log_bytes"])      # rows after the checkpoint come again
         write_json(folder / "config.json", record)
