@@ -39,9 +39,12 @@ from verdict import student
 
 TOKENS = 2048       # of the validation text, the same in every measurement
 EXPONENTS = ["alpha", "omega", "nu"]
-NUMBERS = ["loss", "d_in", *EXPONENTS, "rms_dW", "rms_dx", "rms_dy"]        # which are read again
+# The columns of a .csv file: what was measured, and the numbers that are read again. rms_y and run
+# are for people and for repeated commands.
 WHICH = ["parametrization", "width", "depth", "steps", "seed", "step", "layer", "map"]
-FIELDS = ["parametrization", "width", "depth", "steps", "seed", "step", "loss", "layer", "map",
+NUMBERS = ["loss", "d_in", *EXPONENTS, "rms_dW", "rms_dx", "rms_dy"]
+RUN_FIELDS = ["parametrization", "width", "depth", "steps", "seed"]
+FIELDS = [*RUN_FIELDS, "step", "loss", "layer", "map",
           "d_in", *EXPONENTS, "rms_dW", "rms_dx", "rms_y", "rms_dy", "run"]
 
 
@@ -195,7 +198,7 @@ class Measurements:
             return
         maps, loss = measure(model, self.initial, *self.batch)
         for numbers in maps:
-            row = {name: getattr(self.config, name) for name in FIELDS[:5]}
+            row = {name: getattr(self.config, name) for name in RUN_FIELDS}
             row.update({"step": step, "loss": f"{loss:.6f}", "run": self.run})
             for name, number in numbers.items():
                 row[name] = f"{number:.5g}" if isinstance(number, float) else number
@@ -343,6 +346,8 @@ def summarize(numbers, maps, widths, steps):
     logs = np.stack(logs, axis=-1)                                  # (seeds, W, S, 6)
     log_d_in = np.stack(logs_d_in, axis=-1)[:, :, :1]               # (seeds, W, 1, 6)
     loss = numbers["loss"][..., 0]
+    # Over training an exponent is weighted by how much the loss fell since the measurement before;
+    # where the loss rose, the weight is negative.
     decrease = -np.diff(loss)[..., None]                            # (seeds, W, S, 1)
     weighted = (decrease * logs).sum(axis=2) / decrease.sum(axis=2)
     logs = np.concatenate((logs, weighted[:, :, None]), axis=2)     # (seeds, W, S + 1, 6)
@@ -468,14 +473,19 @@ def parse_args():
 def report(paths, plot):
     """Print what measurements say, and draw it if asked. Raises ValueError and OSError."""
     columns = summarize_columns(read_measurements(paths))
+    # The coordinate check counts on weights and hidden states that are unit vectors.
+    plain_columns = [column for column in columns if column in plain.COLUMNS]
     if len(columns) > 1:
+        if plain_columns:
+            raise ValueError(f"columns are compared by the coordinate check, which is for "
+                             f"normalized models, not for {plain_columns[0]}")
         print(show.report_coordinates(columns))
         if plot:
             show.draw_coordinates(columns, plot)
         return
     column, summary = columns.popitem()
     print(show.report_alignment(column, summary))
-    if len(summary.widths) > 1:
+    if len(summary.widths) > 1 and not plain_columns:
         print(show.report_coordinates({column: summary}))
     if plot:
         show.draw_alignment(column, summary, plot)

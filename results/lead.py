@@ -1,13 +1,13 @@
 """
-Print how much lower the best loss of one column is than another's at one size, seed by seed.
+Print the best loss of one column less that of another at one size, seed by seed. A negative number
+says that the first column is ahead.
 
     python results/lead.py results/width_tuned.csv nugpt ngpt width=384
-    python results/lead.py results/fresh.csv gpt_sp:0.0097 gpt_sp:0.0156 steps=400
+    python results/lead.py results/fresh.csv gpt_sp:0.00978 gpt_sp:0.0156 steps=400
 
-The first loss less the second: a negative number says that the first column is ahead. A column is
-taken at the η that is best for it at this size, of those that three seeds or more have finished.
-`gpt_sp:0.0097` is that column at the η that begins with 0.0097. The size is a column of the table
-and its value.
+The size is a column of the table and its value. A column is taken at the η with the lowest mean
+loss of those that the most seeds have finished, at least three. The interval of 95 % knows nothing
+of that choice. `gpt_sp:0.00978` chooses nothing: it is that column at the η which begins so.
 """
 import math
 import statistics
@@ -16,49 +16,80 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import show
+from verdict import OPTIONS
 from verdict import student
 
+# Runs of one column and size may differ in these.
+MAY_DIFFER = ["learning_rate", "seed", "dtype"]
 
-def losses_at_best_eta(rows, column, key, value):
+
+def rate_in_words(row):
+    """The η of a row with six digits, as a table or a person may have written it otherwise."""
+    return f"{float(row['learning_rate']):.6g}"
+
+
+def loss_of(row):
+    """The loss of a row; inf if the run diverged."""
+    loss = float(row["val_loss"] or "inf")
+    return loss if math.isfinite(loss) else math.inf
+
+
+def check_one_setting(rows, column):
+    """Raises ValueError if the runs differ in more than η and seed."""
+    for name in OPTIONS:
+        values = {row.get(name) for row in rows}
+        if len(values) > 1 and name not in MAY_DIFFER:
+            raise ValueError(f"the runs of {column} differ in {name}, too ({', '.join(values)}); "
+                             f"choose some by their η, as in {column}:0.01")
+
+
+def losses_at_best_eta(rows, column):
     """
-    {seed: loss} of a column at its best η.
+    ({seed: loss}, η in words) of a column at its best η, or at the η that `column` names.
 
-    Raises ValueError if no η has three seeds, or if a seed has two different losses at one η.
+    Raises ValueError if three seeds did not finish, and if the runs differ in more than η and seed.
     """
     name, _, beginning = column.partition(":")
+    of_column = [row for row in rows if row["parametrization"] == name]
+    mine = [row for row in of_column if rate_in_words(row) == beginning]
+    if not mine:
+        mine = [row for row in of_column if rate_in_words(row).startswith(beginning)]
+    check_one_setting(mine, column)
+
     losses = {}         # {η: {seed: loss}}
-    for row in rows:
-        chosen = row["parametrization"] == name and row[key] == value
-        eta = row["learning_rate"]
-        loss = float(row["val_loss"] or "nan")
-        if not chosen or not eta.startswith(beginning) or not math.isfinite(loss):
-            continue
-        of_seeds = losses.setdefault(eta, {})
+    for row in mine:
+        of_seeds = losses.setdefault(rate_in_words(row), {})
+        seed = row["seed"]
         # A table may have the same run twice.
-        if of_seeds.get(row["seed"], loss) != loss:
-            raise ValueError(f"{column} has two runs of seed {row['seed']} with learning rate {eta} "
-                             f"at {key}={value}, which differ in something else")
-        of_seeds[row["seed"]] = loss
-    complete = [of_seeds for of_seeds in losses.values() if len(of_seeds) >= 3]
-    if not complete:
-        raise ValueError(f"{column} has no learning rate that three seeds finished at "
-                         f"{key}={value}")
-    return min(complete, key=lambda of_seeds: statistics.fmean(of_seeds.values()))
+        if of_seeds.get(seed, loss_of(row)) != loss_of(row):
+            raise ValueError(f"{column} has two runs of seed {seed} with learning rate "
+                             f"{rate_in_words(row)}")
+        of_seeds[seed] = loss_of(row)
+    finished = {eta: of_seeds for eta, of_seeds in losses.items()
+                if math.inf not in of_seeds.values()}
+
+    most = max(map(len, finished.values()), default=0)
+    if most < 3:
+        raise ValueError(f"{column} has no learning rate that three seeds finished")
+    candidates = {eta: of_seeds for eta, of_seeds in finished.items() if len(of_seeds) == most}
+    if beginning and len(candidates) > 1:
+        raise ValueError(f"{column} may be any of {', '.join(candidates)}")
+    best = min(candidates, key=lambda eta: statistics.fmean(candidates[eta].values()))
+    return candidates[best], best
 
 
-def lead(rows, first, second, key, value):
+def difference(first, second):
     """
-    (first column's loss less the second's, half its 95 % interval, seeds) by the seeds of both.
+    (mean of first less second, half its 95 % interval, number of seeds) of two {seed: loss}.
 
-    Raises ValueError if both share fewer than two.
+    Raises ValueError if both share fewer than two seeds.
     """
-    ours = losses_at_best_eta(rows, first, key, value)
-    theirs = losses_at_best_eta(rows, second, key, value)
-    less = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
-    if len(less) < 2:
-        raise ValueError(f"{first} and {second} share {len(less)} seed(s); an interval needs 2")
-    half = student(len(less) - 1) * statistics.stdev(less) / math.sqrt(len(less))
-    return statistics.fmean(less), half, len(less)
+    differences = [first[seed] - second[seed] for seed in first if seed in second]
+    if len(differences) < 2:
+        raise ValueError(f"the columns share {len(differences)} seed(s); an interval needs 2")
+    scatter = statistics.stdev(differences)
+    half = student(len(differences) - 1) * scatter / math.sqrt(len(differences))
+    return statistics.fmean(differences), half, len(differences)
 
 
 def main():
@@ -75,12 +106,15 @@ def main():
         for name in ("parametrization", "learning_rate", "seed", "val_loss", key):
             if name not in header:
                 raise ValueError(f"{given.table} has no column {name!r}")
-        rows = [row for _, row in lines]
-        mean, half, seeds = lead(rows, given.first, given.second, key, value)
+        rows = [row for _, row in lines if row[key] == value]
+        first, first_eta = losses_at_best_eta(rows, given.first)
+        second, second_eta = losses_at_best_eta(rows, given.second)
+        mean, half, seeds = difference(first, second)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    print(f"{mean:+.3f} ± {half:.3f} nats, {seeds} seeds: "
-          f"{given.first} less {given.second} at {given.size}")
+    print(f"{mean:+.3f} ± {half:.3f} nats, {seeds} seeds, at {given.size}: "
+          f"{given.first.partition(':')[0]} with η = {first_eta} less "
+          f"{given.second.partition(':')[0]} with η = {second_eta}")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,8 @@ COLUMNS = {**parametrize.COLUMNS, **plain.COLUMNS}
 # Columns are shown from nGPT to νGPT. Others follow as their own tables have them.
 ORDER = ["ngpt", "mup", "depth_mup", "nugpt_full", "nugpt_none", "nugpt"]
 
-# In a random search these are spread evenly; all others are, by their logarithms.
+# In a random search these are shown, and their ranges widened, on a linear scale; all others on a
+# log scale. results/sweep.py spreads values on a log scale wherever a range begins above 0.
 LINEAR = {"warmup_steps", "beta2", "min_lr_ratio"}
 
 

@@ -11,6 +11,7 @@ run, except those that the table has already: a repeated command continues.
     from:to:factor     from, from · factor, … up to to
     1x,2x,1/4x         multiples of the base's value
     low..high          with --random=N: N settings fill all such ranges evenly, on a log scale
+                       unless low is 0
     A + B + C ++ D     two groups of runs, with the options A B D and A C D; later ones win
 
 Worker processes, one a GPU or one a core, import once and compile once a shape. This process alone
@@ -119,7 +120,7 @@ def parse_option(name, text, base):
                          "or low..high with --random") from None
 
 
-def draw(ranges, count):
+def spread(ranges, count):
     """`count` settings, {option: value}, that fill the ranges evenly, the same ones every time:
     multiples of √2, √3, √5, … modulo 1."""
     settings = []
@@ -141,7 +142,7 @@ def combinations_of(options, count):
         raise ValueError(f"--{next(iter(ranges))} is a range low..high, which needs --random=N")
     if len(ranges) > len(PRIMES):
         raise ValueError(f"at most {len(PRIMES)} options may be ranges")
-    settings = draw(ranges, count) if ranges else [{}]
+    settings = spread(ranges, count) if ranges else [{}]
     combinations = []
     for values in itertools.product(*lists.values()):
         for setting in settings:
@@ -155,6 +156,9 @@ def make_config(options, base, is_base):
     config_class = plain.Config if is_plain else train.Config
     if not is_plain and "embedding_std" in options:
         raise ValueError("embedding_std belongs to the plain GPT alone")
+    known = {f.name for f in fields(config_class)}
+    # a base of the plain GPT has embedding_std, too
+    base = {name: value for name, value in base.items() if name in known}
     config = config_class(**{**base, **options, "out_dir": "", "sample_tokens": 0,
                              "eval_every": 10 ** 9, "checkpoint_every": 10 ** 9})
     if is_base:     # each candidate for --write_base is itself the base
@@ -194,13 +198,16 @@ def printable(text):
     return text.encode("utf-8", errors="backslashreplace").decode()
 
 
+def rounded(value):
+    """A float to six digits, so that a number and its text in a table are the same."""
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
 def identity_of_row(row):
     """The identity of the run that a row of the table is of."""
     values = []
     for name in verdict.OPTIONS:
-        value = row[name]
-        if isinstance(value, float):
-            value = float(f"{value:.6g}")
+        value = rounded(row[name])
         if isinstance(value, str):
             value = printable(value)
         values.append(value)
@@ -225,23 +232,23 @@ def shape(config):
 
 
 class Table:
-    """A results table, locked, to which rows are added. Raises ValueError if another sweep has it,
-    or if a row cannot be read."""
+    """A results table, locked, to which rows are added. A half row at its end is removed. Raises
+    ValueError if another sweep has the table, or if it has not the columns of this sweep."""
 
     def __init__(self, path, config_class):
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.columns = [*train.mathematics(config_class), "data", "data_fingerprint",
                         *train.OUTCOME]
-        self.lock = open(self.path, "ab", buffering=0)
+        self.file = open(self.path, "ab", buffering=0)
         try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"another sweep is writing to {path}; wait for it, or choose another "
                              "--results") from None
-        if self.lock.tell() > 0:
+        if self.file.tell() > 0:
             self.drop_half_row()
-        if self.lock.tell() > 0:
+        if self.file.tell() > 0:
             self.columns = self.header()
 
     def drop_half_row(self):
@@ -251,8 +258,8 @@ class Table:
         last = text.splitlines()[-1]
         half = not text.endswith(b"\n") and last.count(b",") < text.splitlines()[0].count(b",")
         if half:
-            self.lock.truncate(len(text) - len(last))
-            self.lock.seek(0, os.SEEK_END)
+            self.file.truncate(len(text) - len(last))
+            self.file.seek(0, os.SEEK_END)
 
     def header(self):
         """The columns of the file, in its order. Raises ValueError if rows would not fit."""
@@ -266,13 +273,13 @@ class Table:
 
     def rows(self):
         """The runs of the table, as verdict.read_results gives them."""
-        return verdict.read_results(self.path) if self.lock.tell() > 0 else []
+        return verdict.read_results(self.path) if self.file.tell() > 0 else []
 
     def append(self, row):
         """Add a row, whole or not at all. Raises OSError."""
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, self.columns, lineterminator="\n")
-        size = self.lock.tell()
+        size = self.file.tell()
         if size == 0:
             writer.writeheader()
         elif not self.path.read_bytes().endswith(b"\n"):
@@ -280,10 +287,10 @@ class Table:
         writer.writerow({name: row.get(name) for name in self.columns})
         content = printable(text.getvalue()).encode()
         try:
-            written = self.lock.write(content)
+            written = self.file.write(content)
             if written < len(content):
                 raise OSError(f"there is no room for a row of {self.path}")
-            os.fsync(self.lock.fileno())
+            os.fsync(self.file.fileno())
         except OSError:
             os.truncate(self.path, size)
             raise
@@ -475,8 +482,8 @@ class Sweep:
         best `count` with all seeds; and again, until the best `count` of all have run with all."""
         names = [name for name in self.varying if name != "seed"]
 
-        def setting(config):
-            return tuple(getattr(config, name) for name in names)
+        def setting_of(options):
+            return tuple(rounded(options[name]) for name in names)
 
         chosen = [config for config in self.configs if config.seed == self.configs[0].seed]
         while True:
@@ -487,10 +494,17 @@ class Sweep:
             mine = {identity(config, self.fingerprints[config.data]) for config in done}
             rows = [row for row in self.table.rows() if identity_of_row(row) in mine]
             ranked, _ = verdict.rank(rows, names)
-            best = [one.values for one in ranked[:count]]
-            chosen = [config for config in self.configs if setting(config) in best]
+            best = [setting_of(dict(zip(names, one.values))) for one in ranked[:count]]
+            chosen = []
+            winner = None
+            for config in self.configs:
+                setting = setting_of(options_of(config))
+                if setting in best:
+                    chosen.append(config)
+                if setting == best[0]:
+                    winner = config
             if set(map(id, chosen)) <= set(map(id, done)):
-                return next(config for config in chosen if setting(config) == best[0])
+                return winner
 
     def stop(self):
         """End the workers, busy ones in the middle of their runs, and release the table's lock."""
@@ -501,7 +515,7 @@ class Sweep:
                 with suppress(BrokenPipeError):     # it has died
                     worker.connection.send(None)
             worker.process.join()
-        self.table.lock.close()
+        self.table.file.close()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -528,7 +542,8 @@ def read_command(argv):
     """(sweep's own options, base's options, list of groups {option: values}). Raises ValueError."""
     parser = argparse.ArgumentParser(prog="sweep.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     epilog="and all options of train.py that make a run")
+                                     epilog="and all options of train.py but those for files, "
+                                            "samples and reports")
     parser.error = lambda message: sys.exit(f"sweep.py: {message} (see --help)")
     parser.add_argument("--results", metavar="FILE.csv", required=True, help="the table")
     parser.add_argument("--random", metavar="N", type=int, default=0,
@@ -540,6 +555,7 @@ def read_command(argv):
     parser.add_argument("--workers", metavar="N", type=int, default=0,
                         help="default: one a GPU or core")
     parser.add_argument("--dry", action="store_true", help="print the runs as commands of train.py")
+    own_options = ["results", "random", "finalists", "write_base", "workers", "dry"]
     for f in fields(plain.Config):
         if f.name not in NOT_IN_A_SWEEP:
             parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
@@ -551,7 +567,7 @@ def read_command(argv):
     texts = []
     for group in groups:
         for word in group:
-            if word.split("=")[0].lstrip("-") in vars(parser.parse_args(["--results=x"])):
+            if word.split("=")[0].lstrip("-") in own_options:
                 raise ValueError(f"{word} belongs before the first + or after ++")
         given = vars(parser.parse_args([*common, *group, *last]))
         texts.append({f.name: given[f.name] for f in fields(plain.Config) if f.name in given})
@@ -567,7 +583,12 @@ def read_command(argv):
     values = {**asdict(plain.Config()), **base}
     groups = []
     for group in texts:
-        groups.append({name: parse_option(name, text, values) for name, text in group.items()})
+        options = {name: parse_option(name, text, values) for name, text in group.items()}
+        for name, values_of_one in options.items():
+            makes_a_run = name == "data" or name not in train.MAY_CHANGE_ON_RESUME
+            if not makes_a_run and (isinstance(values_of_one, Range) or len(values_of_one) > 1):
+                raise ValueError(f"--{name} makes no other run: give it one value")
+        groups.append(options)
     return own, base, groups
 
 
@@ -595,15 +616,19 @@ def varying_options(configs):
     return varying or ["parametrization"]
 
 
+def script_of(config):
+    """The script that makes a run."""
+    return "results/plain.py" if isinstance(config, plain.Config) else "train.py"
+
+
 def command(config, base):
     """The command of train.py, or of plain.py, that makes the run."""
-    script = "results/plain.py" if isinstance(config, plain.Config) else "train.py"
     same = {"parametrization": config.parametrization, "data": config.data}
     default = make_config(same, base, False)
-    words = [f"python {script}"]
+    words = [f"python {script_of(config)}"]
     if config.base:
         words.append(f"--base={shlex.quote(config.base)}")
-    if config.parametrization != type(config)(**base).parametrization:
+    if config.parametrization != base.get("parametrization", train.Config.parametrization):
         words.append(f"--parametrization={config.parametrization}")
     if config.data != train.Config.data:
         words.append(shlex.quote(f"--data={config.data}"))
@@ -627,7 +652,8 @@ def save_base(path, config, meta, settings):
     numbers = {name: getattr(config, name) for name in names}
     about = f"{ABOUT} the best of {settings} settings on {config.data}."
     write_json(path, {"about": about, "config": numbers, "data": {"tokenizer": meta["tokenizer"]}})
-    print(f"{path}: the best setting. Train with it: python train.py --base={path} --width=…")
+    print(f"{path}: the best setting. Train with it: "
+          f"python {script_of(config)} --base={path} --width=…")
 
 
 def main():
@@ -647,7 +673,7 @@ def main():
             check_base_path(own.write_base)
         has_plain = any(isinstance(config, plain.Config) for config in configs)
         table = Table(os.path.expanduser(own.results), plain.Config if has_plain else train.Config)
-        table.rows()        # can the table be read? before anything is trained
+        table.rows()        # raises ValueError, before anything is trained, if one is wrong
         sweep = Sweep(configs, fingerprints, table, own.workers)
         if own.finalists:
             winner = sweep.tune(own.finalists)

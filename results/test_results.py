@@ -311,6 +311,10 @@ def test_one_tensor_class_at_a_time():
     text = text_of(rows)
     assert "-0.75 → -1.00" in text      # the table's power, and the one that would do
     assert "×*" in text                 # a multiplier is what was varied
+    # whichever run of a size comes first
+    small = [row for row in rows if row["width"] == 48]
+    large = [row for row in rows if row["width"] == 192]
+    assert judge(small + large[::-1])["unembedding"].powers == verdicts["unembedding"].powers
 
 
 # ------------------------------------------------------------------------------------------------
@@ -324,6 +328,23 @@ def test_points_to_add_are_said():
     words = [curve.grid for curve in judged.curves.values()]
     assert words == ["add 2^-7", "add 2^-7.5 2^-7", "add 2^-7.5 2^-7"]
     assert judged.same == "?"
+
+
+def test_a_loss_that_ran_beside_a_divergence_is_known():
+    # the smallest width's best η, 2^-6, is the last before the divergence at 192
+    rows = diverging(sweep({"ngpt": 0.0}), lambda row: row["width"] == 192 and row["learning_rate"] > 0.017)
+    judged = judge(rows)["ngpt"]
+    assert judged.curves[192].regret == pytest.approx(0, abs=1e-6)
+
+
+def test_a_size_with_two_rates_has_no_regret():
+    rows = [row for row in sweep({"ngpt": 0.0})
+            if row["width"] < 192 or abs(math.log2(row["learning_rate"]) + 6) < 0.6]
+    rows = [row for row in rows if row["width"] < 192 or row["learning_rate"] < 0.02]
+    judged = judge(rows)["ngpt"]
+    assert len(judged.curves[192].x) == 2
+    assert judged.curves[192].regret is None
+    assert judged.curves[96].regret == pytest.approx(0, abs=1e-6)
 
 
 def test_an_optimum_is_never_extrapolated():
@@ -455,6 +476,7 @@ LEAD_RUNS = [       # parametrization, learning_rate, seed, val_loss
     ("nugpt", "0.02", "0", "0.1"), ("nugpt", "0.02", "1", "0.1"), ("nugpt", "0.02", "2", ""),
     ("ngpt", "0.03", "0", "1.1"), ("ngpt", "0.03", "1", "2.2"), ("ngpt", "0.03", "2", "3.3"),
     ("ngpt", "0.04", "0", "2.0"), ("ngpt", "0.04", "1", "3.0"), ("ngpt", "0.04", "2", "4.0"),
+    ("ngpt", "0.05", "0", "0.1"), ("ngpt", "0.05", "1", "0.1"),
 ]
 
 
@@ -463,9 +485,9 @@ def leads(tmp_path, say):
     """A function: what lead.py says of two columns in a table of LEAD_RUNS and more runs."""
 
     def run(first, second, more=()):
-        lines = ["width,parametrization,learning_rate,seed,val_loss"]
-        for cells in (*LEAD_RUNS, *more):
-            lines.append(",".join(["48", *cells]))
+        lines = ["width,warmup_steps,parametrization,learning_rate,seed,val_loss"]
+        for warmup, cells in [*((0, cells) for cells in LEAD_RUNS), *more]:
+            lines.append(",".join(["48", str(warmup), *cells]))
         table = tmp_path / "a.csv"
         table.write_text("\n".join(lines) + "\n")
         return say(f"results/lead.py {table} {first} {second} width=48")
@@ -475,26 +497,37 @@ def leads(tmp_path, say):
 
 def test_a_lead_is_the_mean_difference_of_paired_seeds_at_the_best_rates(leads):
     # differences -0.1, -0.2, -0.3: their standard deviation is 0.1, and t with 2 degrees 4.303.
-    # nugpt's 0.02 has lower losses, but only two of its seeds finished
+    # nugpt's 0.02 has lower losses, but a seed diverged; of ngpt's 0.05 a seed is missing
     half = 4.303 * 0.1 / math.sqrt(3)
-    assert leads("nugpt", "ngpt") == f"-0.200 ± {half:.3f} nats, 3 seeds: nugpt less ngpt at width=48\n"
+    assert leads("nugpt", "ngpt") == (f"-0.200 ± {half:.3f} nats, 3 seeds, at width=48: "
+                                      "nugpt with η = 0.01 less ngpt with η = 0.03\n")
 
 
 def test_a_lead_may_be_asked_for_at_one_rate(leads):
     assert leads("nugpt", "ngpt:0.04").startswith("-1.000 ± 0.000 nats")
 
 
-def test_a_seed_with_two_runs_at_one_rate_has_no_lead(leads):
-    more = [("ngpt", "0.03", "0", "5.0")]
-    assert "ngpt has two runs of seed 0 with learning rate 0.03" in leads("nugpt", "ngpt", more)
+def test_a_rate_may_be_written_with_more_digits(leads):
+    more = [(0, ("mup", "0.0110485", "0", "1")), (0, ("mup", "0.01104854", "1", "1")),
+            (0, ("mup", "0.011048543456039806", "2", "1"))]
+    assert "mup with η = 0.0110485 less" in leads("mup", "ngpt", more)
 
 
-@pytest.mark.parametrize("sentence, first", [
-    ("mup has no learning rate that three seeds finished", "mup"),
-    ("nugpt:0.02 has no learning rate that three seeds finished", "nugpt:0.02"),
+@pytest.mark.parametrize("sentence, first, more", [
+    ("mup has no learning rate that three seeds finished", "mup", []),
+    ("nugpt:0.02 has no learning rate that three seeds finished", "nugpt:0.02", []),
+    ("nugpt has two runs of seed 0 with learning rate 0.01", "nugpt",
+     [(0, ("nugpt", "0.01", "0", "5.0"))]),
+    ("the runs of nugpt differ in warmup_steps, too", "nugpt", [(9, ("nugpt", "0.08", "0", "5.0"))]),
 ])
-def test_a_column_without_three_finished_seeds_has_no_lead(leads, sentence, first):
-    assert sentence in leads(first, "ngpt")
+def test_a_lead_that_would_not_compare_like_with_like_is_refused(leads, sentence, first, more):
+    assert sentence in leads(first, "ngpt", more)
+
+
+def test_a_rate_that_begins_two_is_refused(leads):
+    more = [(0, ("nugpt", "0.013", str(seed), "1")) for seed in range(3)]
+    assert "nugpt:0.0 may be any of 0.01, 0.013" in leads("nugpt:0.0", "ngpt", more)
+    assert "nugpt with η = 0.01 less" in leads("nugpt:0.01", "ngpt", more)
 
 
 def test_a_lead_at_a_size_that_the_table_does_not_have_is_refused(say):

@@ -128,7 +128,7 @@ REFUSALS = {        # option: what the sentence says
     "--width=50": "width must be a positive multiple of head_dim=24, not 50", "--schedule=step": "impossible run",
     "--parametrization=sp": "there is no parametrization 'sp'", "--data=none": "none is no data folder",
     "--parametrization= ": "impossible run", "--depth=0": "impossible run", "--base=none": "cannot be read",
-    "--embedding_std=2": "belongs to the plain GPT",
+    "--embedding_std=2": "belongs to the plain GPT", "--micro_batch_size=4,8": "makes no other run",
 }
 
 
@@ -175,6 +175,16 @@ def test_the_base_is_in_every_run(data):
 def test_columns_of_the_plain_gpt_run_too(data):
     runs = configs(LAPTOP, f"--data={data}", "--parametrization=nugpt,gpt_sp")
     assert [type(config) for config in runs] == [train.Config, plain.Config]
+
+
+def test_a_base_of_the_plain_gpt_serves_columns_of_both_models(data, tmp_path):
+    base = json.loads((ROOT / "results/laptop.json").read_text())
+    base["config"].update(parametrization="gpt_sp", embedding_std=2.0)
+    path = tmp_path / "plain.json"
+    path.write_text(json.dumps(base))
+    runs = configs(f"--base={path}", f"--data={data}", "--parametrization=nugpt,gpt_sp")
+    assert [type(config) for config in runs] == [train.Config, plain.Config]
+    assert runs[1].embedding_std == 2
 
 
 def test_a_sweep_of_both_models_that_varies_an_option_of_the_plain_gpt_runs_and_continues(data, tmp_path):

@@ -184,19 +184,22 @@ def factor_on_eta(run, column):
     """
     The η with which a column makes the same run, over the run's own η; 0 if no η does that.
 
-    At the base size all columns are one model: 1. At the base width and depth columns differ by the
-    powers of m_t and m_b alone, which multiply every class's rate.
+    At the base size all columns of parametrize.py are one model: 1. At the base width and depth
+    they differ by the powers of m_t and m_b alone, which multiply every class's rate.
     """
     settings, lr_factors = rates_for(run, run["parametrization"])
     wanted_settings, wanted_factors = rates_for(run, column)
     if settings != wanted_settings:
         return 0
-    factor = sum(lr_factors.values()) / sum(wanted_factors.values())
-    for tensor_class in lr_factors:
-        wanted = factor * wanted_factors[tensor_class]
-        if not math.isclose(lr_factors[tensor_class], wanted):
+    ratios = []
+    for tensor_class, wanted in wanted_factors.items():
+        if wanted > 0:
+            ratios.append(lr_factors[tensor_class] / wanted)
+        elif lr_factors[tensor_class] > 0:
             return 0
-    return round(factor, 9)
+    if not ratios or not math.isclose(min(ratios), max(ratios)):
+        return 0
+    return round(ratios[0], 9)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -217,8 +220,8 @@ class Curve:
     own: bool                   # whether the column itself ran, or only others that are the same
 
     # found by judge_column
-    optimum: float = math.nan       # the best x by the fit
-    bottom: float = math.nan        # the loss there
+    optimum: float = math.nan       # the best x: by the fit, or of the grid without a fit
+    bottom: float = math.nan        # the lowest loss: of the grid, or of a parabola at the optimum
     grid: str = ""                  # whether the grid was wide enough, in words
     regret: float | None = None     # None: not known
     bound: bool = False             # whether the regret is a lower bound
@@ -250,6 +253,7 @@ def at_common_level(loss):
     Losses (seeds, x), with each seed moved to the mean level of all.
 
     Seeds differ mostly by a shift. Unmoved, an x that only good seeds have run would look good.
+    Seeds that have no x in common stay unmoved: nothing tells their levels.
     """
     shared = np.isfinite(loss).all(axis=0)
     if not shared.any():
@@ -299,24 +303,26 @@ def points_to_add(x, loss, mean, best):
     unfinished = np.isnan(loss[:, near]).any(axis=0)
     add = set(x[near][unfinished])
 
+    # Beyond an end of the grid, unless a run next to the best diverged: behind a divergence there
+    # is nothing to look for.
     step = np.diff(x).min() if len(x) > 1 else 0.5
-    left = mean[:best][::-1]
-    right = mean[best + 1 :]
-    for edge, outward, beyond in ((x[0], -step, left), (x[-1], step, right)):
-        # Behind a divergence there is nothing to look for.
-        if np.isinf(beyond[:2]).any():
-            continue
-        for i in range(1, 3 - len(beyond)):
-            add.add(edge + outward * i)
+    left = mean[max(best - 2, 0) : best]
+    right = mean[best + 1 : best + 3]
+    if not np.isinf(left).any():
+        for i in range(1, 3 - len(left)):
+            add.add(x[0] - i * step)
+    if not np.isinf(right).any():
+        for i in range(1, 3 - len(right)):
+            add.add(x[-1] + i * step)
     return sorted(add)
 
 
-def curves_of(column, key, runs_of_size, center):
+def curves_of(column, key, runs_of_size, usual):
     """
     {size: Curve over log2 of the option `key`} of a column, from {size: runs}.
 
     Runs of other columns count where they are the same run. Where the column has none of its own,
-    those count, too, that are the same with another η. `center` is what other multipliers must be.
+    those count, too, that are the same with another η. `usual` is what other multipliers must be.
     """
     recipes = {}
     for runs in runs_of_size.values():
@@ -331,21 +337,27 @@ def curves_of(column, key, runs_of_size, center):
         points = {}
         for run in runs:
             factor = factor_on_eta(run, column)
-            same = factor == 1 or (factor > 0 and not own)
-            recipe = recipes.get((run["steps"], run["batch_size"]), {})
-            wanted = {**recipe, **center, key: run[key]}
-            alike = all(run[option] == value for option, value in wanted.items())
-            if same and alike and run[key] > 0:
-                x = round(math.log2(run[key] * factor), 4)
-                points[x, run["seed"]] = run
+            if factor == 0 or (own and factor != 1) or run[key] == 0:
+                continue
+            wanted = {**recipes.get((run["steps"], run["batch_size"]), {}), **usual}
+            wanted.pop(key, None)
+            if any(run[option] != value for option, value in wanted.items()):
+                continue
+            x = round(math.log2(run[key] * factor), 4)
+            points[x, run["seed"]] = run
         if points:
             curves[size] = make_curve(points, own)
     return curves
 
 
 def loss_at(curve, x):
-    """The mean loss at x, by a parabola through the three nearest points; inf if one diverged."""
+    """
+    The mean loss at x: that which ran, or by a parabola through the three nearest points. inf if
+    one of them diverged, or if there are not three.
+    """
     near = np.argsort(abs(curve.x - x), kind="stable")[:3]
+    if abs(curve.x[near[0]] - x) < 1e-6:
+        return float(curve.mean[near[0]])
     if len(near) < 3 or not np.isfinite(curve.mean[near]).all():
         return math.inf
     parabola = np.polyfit(curve.x[near], curve.mean[near], 2)
@@ -404,7 +416,9 @@ def student(freedom):
 
 def drift(optima):
     """
-    (slope of {(size, seed): best x} over log2 size, half its 95 % interval); None at one size.
+    (slope of {(size, seed): best x} over log2 size, half its 95 % interval).
+
+    None if no seed has two sizes.
 
     All η of a curve share its luck, so the unit is the curve. The interval comes from the scatter
     of the optima about parallel lines, one a seed: curves - seeds - 1 degrees of freedom.
@@ -456,7 +470,8 @@ def judge_column(curves):
 
     first, *larger = curves.values()
     for curve in larger:
-        if first.radius > 0:        # else the smallest size's best is not known
+        # Else the smallest size's best is not known, or this size's loss there.
+        if first.radius > 0 and len(curve.x) >= 3:
             curve.regret, curve.bound = regret_of(curve, first.optimum)
     regrets = [curve.regret for curve in larger if curve.regret is not None]
     return Verdict(
@@ -484,10 +499,10 @@ def grid_in_words(curve):
 def regret_of(curve, x):
     """(loss at x less the curve's best loss; whether that is only a lower bound)."""
     # Curves rise outwards: beyond the grid, the loss at its edge is a lower bound.
-    nearest = float(np.clip(x, curve.x[0], curve.x[-1]))
-    loss = loss_at(curve, nearest)
+    inside = float(np.clip(x, curve.x[0], curve.x[-1]))
+    loss = loss_at(curve, inside)
     regret = max(loss - curve.bottom, 0) if loss < math.inf else math.inf
-    return regret, nearest != x
+    return regret, inside != x
 
 
 def same_best(curves):
@@ -512,8 +527,8 @@ def judge(runs, axis=None, control="ngpt"):
     multiplier of one class varies at a time, at one η, classes take the place of columns. Raises
     ValueError if the runs do not go together.
     """
-    center = {key: statistics.mode(run[key] for run in runs) for key in MULTS}
-    classes = classes_varied(runs, center)
+    usual = {key: statistics.mode(run[key] for run in runs) for key in MULTS}
+    classes = classes_varied(runs, usual)
     check_one_sweep(runs, may_differ=[f"{tensor_class}_lr_mult" for tensor_class in classes])
     varying = [key for key in AXES if len({run[key] for run in runs}) > 1]
     axis = axis or find_axis(varying)
@@ -523,13 +538,13 @@ def judge(runs, axis=None, control="ngpt"):
     verdicts = {}
     for tensor_class in classes:
         column = runs[0]["parametrization"]
-        curves = curves_of(column, f"{tensor_class}_lr_mult", runs_of_size, center)
+        curves = curves_of(column, f"{tensor_class}_lr_mult", runs_of_size, usual)
         judged = judge_column(curves)
         judged.powers = powers_of(column, [tensor_class], judged, runs_of_size)
         verdicts[tensor_class] = judged
     if not classes:
         for column in show.in_order({*ran, control, "nugpt"}):
-            curves = curves_of(column, "learning_rate", runs_of_size, center={})
+            curves = curves_of(column, "learning_rate", runs_of_size, usual={})
             # Of a column that did not run, one size alone is of no interest.
             if len(curves) > 1 or (curves and column in ran):
                 verdict = judge_column(curves)
@@ -542,11 +557,11 @@ def judge(runs, axis=None, control="ngpt"):
     return axis, verdicts
 
 
-def classes_varied(runs, center):
+def classes_varied(runs, usual):
     """The tensor classes of a sweep that varies one class's multiplier at a time; else []."""
     columns = {run["parametrization"] for run in runs}
     rates = {run["learning_rate"] for run in runs}
-    changed = [{key for key in MULTS if run[key] != center[key]} for run in runs]
+    changed = [{key for key in MULTS if run[key] != usual[key]} for run in runs]
     if len(columns) > 1 or len(rates) > 1 or max(len(keys) for keys in changed) != 1:
         return []
     changed_somewhere = set.union(*changed)
@@ -607,12 +622,16 @@ def powers_of(column, classes, verdict, runs_of_size):
     smallest = min(verdict.curves)
     largest = max(verdict.curves)
     doublings = math.log2(largest / smallest)
-    _, small = rates_for(runs_of_size[smallest][0], column)
-    _, large = rates_for(runs_of_size[largest][0], column)
+    # The constants of a run are not the table's, and may vary within a size.
+    without_constants = dict.fromkeys(MULTS, 1.0)
+    _, small = rates_for({**runs_of_size[smallest][0], **without_constants}, column)
+    _, large = rates_for({**runs_of_size[largest][0], **without_constants}, column)
     powers = {}
     for tensor_class in classes:
         if tensor_class == "rescalers" and column in plain.COLUMNS:
             continue        # the plain GPT has none
+        if small[tensor_class] == 0:
+            continue        # the column freezes this class
         powers[tensor_class] = math.log2(large[tensor_class] / small[tensor_class]) / doublings
     return powers
 
@@ -645,7 +664,7 @@ def judge_tables(paths, axis=None, control="ngpt"):
         raise ValueError(f"several sweeps over {axis} are shown side by side if they differ in one "
                          f"other of {', '.join(AXES)}, and each has one value of it")
     other = differing[0]
-    values = [its_values.pop() for its_values in values_of[other]]
+    values = [next(iter(its_values)) for its_values in values_of[other]]
     tables = dict(sorted(zip(values, verdicts_of.values())))
     if show.largest_common_size(tables) is None:
         raise ValueError(f"the tables have no {axis} in common")
@@ -685,7 +704,7 @@ def rank(runs, keys):
     ([Setting of the hyperparameters `keys`, …] best first, a seed's scatter in nats) of a search.
 
     The scatter is nan where fewer than two settings ran with several seeds. Raises ValueError if
-    the runs differ in anything else.
+    the runs differ in anything else but dtype.
     """
     check_one_sweep(runs, may_differ=keys)
     places = {}         # {values: a number for them}
@@ -723,8 +742,8 @@ class Change(NamedTuple):
 
 def changed_alone(runs):
     """
-    ([option, …], setting {option: value}) if each run of one size has the setting, or differs from
-    it in one option alone; else ([], setting).
+    ([option, …], setting {option: value}) if all runs are of one size, and each has the setting or
+    differs from it in one option alone; else ([], setting).
     """
     setting = {}
     for key in OPTIONS:
@@ -826,6 +845,9 @@ def print_verdict(args):
               "They differ in rounding.\n")
 
     options, setting = changed_alone(runs)
+    keys = searched(runs)
+    if (options or keys) and (args.axis or args.columns):
+        raise ValueError("--axis and --columns are for a sweep over sizes")
     if options:
         unchanged, changes = gains(runs, options, setting)
         print(show.report_changes(unchanged, changes, setting))
@@ -833,7 +855,6 @@ def print_verdict(args):
             show.draw_changes(unchanged, changes, setting, args.plot)
         return
 
-    keys = searched(runs)
     if keys:
         ranked, scatter = rank(runs, keys)
         print(show.report_search(ranked, scatter, keys))
