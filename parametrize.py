@@ -9,7 +9,7 @@ Rows are quantities, columns are rules.
     rate of a tensor = η · schedule(step) · lr · lr_<its class> · <its class>_lr_mult
 
 The last factor is an option of train.py: see "Constants" below. A rescaler is raw · init/scale, and
-raw starts at scale. Adam moves raw by about the rate: so the rescaler moves by about the part
+raw starts at scale. Adam moves raw by about the rate: so the rescaler moves by about the fraction
 rate/scale of its init, and a smaller scale makes it faster.
 
 m_w = width / base_width, m_d = depth / base_depth, m_t = steps / base_steps,
@@ -69,8 +69,8 @@ Why these powers.
     d^-1/2, too: so the rate must fall as d^-1.
   Relative to the base: m_w^-1/2 without alignment (nugpt_none), m_w^-1 with full alignment
   (nugpt_full). arXiv:2407.05872. The paper measured between, and takes m_w^-3/4 (nugpt).
-    W_O and W_oMLP act on what is no unit vector. But Norm follows them, so that only the fraction
-    counts, and it is the same: W_oMLP sums over the MLP's width, which grows as d.
+  W_O and W_oMLP act on what is no unit vector. But Norm follows them, so that the fraction alone
+  counts. It has the same powers, since the MLP's width, over which W_oMLP sums, grows as d.
   A row of the embedding is a hidden state: its entries are d^-1/2, and nothing is summed: m_w^-1/2.
   The logits E_out h are products of unit vectors and shrink as d^-1/2: s_z starts at m_w^1/2.
   mup is fully aligned, too. With full alignment a step changes a logit by s_z · √d · rate. Relative

@@ -1116,7 +1116,7 @@ def fetch(address, files, out, verify):
     free = shutil.disk_usage(out).free
     require(total - have <= free, f"{total - have:,} bytes are to be downloaded to {out}, "
                                   f"which has room for {free:,}")
-    # The answer does not matter. Without a network this says so, before eight seconds are over.
+    # The answer does not matter. Without a network this says so within PATIENCE seconds.
     in_time("without a network, use `python prepare_data.py`", requests.head, address + missing[0])
     with tqdm(total=total, initial=have, desc=str(out), unit="B", unit_scale=True,
               mininterval=1) as bar:

@@ -17,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import show
 from verdict import OPTIONS
+from verdict import read_cell
 from verdict import student
 
 # Runs of one column and size may differ in these.
@@ -37,9 +38,11 @@ def loss_of(row):
 def check_one_setting(rows, column):
     """Raises ValueError if the runs differ in more than η and seed."""
     for name in OPTIONS:
-        values = {row.get(name) for row in rows}
+        # An older table, or one of the normalized model alone, may lack a value.
+        values = {read_cell(name, row[name]) for row in rows if row.get(name)}
         if len(values) > 1 and name not in MAY_DIFFER:
-            raise ValueError(f"the runs of {column} differ in {name}, too ({', '.join(values)}); "
+            found = ", ".join(map(str, sorted(values)))
+            raise ValueError(f"the runs of {column} differ in {name}, too ({found}); "
                              f"choose some by their η, as in {column}:0.01")
 
 

@@ -501,7 +501,7 @@ class Sweep:
                 setting = setting_of(options_of(config))
                 if setting in best:
                     chosen.append(config)
-                if setting == best[0]:
+                if setting == best[0] and winner is None:
                     winner = config
             if set(map(id, chosen)) <= set(map(id, done)):
                 return winner
