@@ -5,7 +5,7 @@ usage() {
     cat >&2 <<'end'
 Tune the base, or sweep the learning rate over several sizes and judge whether the best one stays.
 
-  ./sweep.sh base       40 settings of the base with one seed, the best five with all; 4 minutes
+  ./sweep.sh base       40 settings of the base with one seed, the best five with all; 4 to 7 minutes
   ./sweep.sh laptop     to three times the base's width, one seed; 7 to 11 minutes
   ./sweep.sh width      to eight times the base's width; 2 1/2 hours
   ./sweep.sh depth      half, twice and eight times the base's blocks; an hour
