@@ -6,7 +6,7 @@ Rows are quantities, columns are rules.
     python parametrize.py                                           print the table
     python parametrize.py --width=4096 --depth=48 --steps=100000    the numbers of one model
 
-    rate of a tensor = η · schedule(step) · lr · lr_<its class> · <its class>_lr_mult
+    rate of a tensor = η · schedule(step) · lr_all · lr_<its class> · <its class>_lr_mult
 
 The last factor is an option of train.py: see "Constants" below. A rescaler is raw · init/scale, and
 raw starts at scale. Adam moves raw by about the rate: so the rescaler moves by about the fraction
@@ -24,10 +24,10 @@ from fractions import Fraction
 
 TABLE = """
                | ngpt   | mup       | nugpt     | what it sets
-lr             | 1      | m_t^-1/3  | m_t^-1/3  | multiplies η for every tensor
-lr_embedding   | 1      | m_w^-1/2  | m_w^-1/2  | ... and for the embedding E_in
-lr_hidden      | 1      | m_w^-1    | m_w^-3/4  | ... and for the blocks' matrices
-lr_unembedding | 1      | m_w^-1/2  | m_w^-3/4  | ... and for the unembedding E_out
+lr_all         | 1      | m_t^-1/3  | m_t^-1/3  | multiplies η for every tensor
+lr_embedding   | 1      | m_w^-1/2  | m_w^-1/2  | ... once more for the embedding E_in
+lr_hidden      | 1      | m_w^-1    | m_w^-3/4  | ... once more for the blocks' matrices
+lr_unembedding | 1      | m_w^-1/2  | m_w^-3/4  | ... once more for the unembedding E_out
 alpha_init     | α₀     | α₀·m_d^-1 | α₀·m_d^-1 | init of α_A and α_M
 s_z_init       | 1      | 1         | m_w^1/2   | init of s_z
 scale          | d^-1/2 | c         | c         | scale of α_A, α_M, s_qk and s_z
@@ -42,19 +42,20 @@ SHARED_ROWS = {
 # More columns, each a line: the column it starts from, and the cells that differ. Yours is such a
 # line. A line may set any row of the table, the settings in SHARED_ROWS one by one, and also
 # lr_rescalers, s_qk_init, s_u_init, s_u_scale, s_nu_init and s_nu_scale, which are 1 if no line
-# sets them. In a cell * may stand for ·. A table of results records a column's name alone: rename a
-# column that you edit.
+# sets them. In a cell * may stand for ·. Give a column that you edit a new name: a table of results
+# records the name alone, and would mix runs of the old and the new cells.
 VARIANTS = {
     # the two ends between which the paper's -3/4 lies: see "Why these powers"
     "nugpt_full": ("nugpt", {"lr_hidden": "m_w^-1", "lr_unembedding": "m_w^-1"}),
     "nugpt_none": ("nugpt", {"lr_hidden": "m_w^-1/2", "lr_unembedding": "m_w^-1/2"}),
-    # the paper's counter-example, the usual μP over depth: α and the blocks' rate with m_d^-1/2. It
-    # breaks transfer over depth (section 4.5). The paper does not settle its powers of m_w. Here
-    # they are nugpt's, so that only depth differs.
+    # the paper's counter-example, the usual μP over depth: α and the blocks' rate with m_d^-1/2.
+    # There it breaks transfer over depth (section 4.5); on our small models it drifts little
+    # (results/depth.csv). The paper does not settle its powers of m_w. Here they are nugpt's, so
+    # that only depth differs.
     "depth_mup": ("nugpt", {"lr_hidden": "m_w^-3/4 · m_d^-1/2", "alpha_init": "α₀·m_d^-1/2"}),
-    # ours: 1/6 is chosen so that at an equal number of tokens, where m_t is 1/m_b, lr is m_b^1/2,
+    # ours: 1/6 is chosen so that at an equal number of tokens, where m_t is 1/m_b, lr_all is m_b^1/2,
     # the square-root rule
-    "nugpt_batch": ("nugpt", {"lr": "m_b^1/6 · m_t^-1/3"}),
+    "nugpt_batch": ("nugpt", {"lr_all": "m_b^1/6 · m_t^-1/3"}),
 }
 
 REASONS = """
@@ -76,13 +77,14 @@ Why these powers.
   mup is fully aligned, too. With full alignment a step changes a logit by s_z · √d · rate. Relative
   to the base this is m_w^1/2 · m_w^1/2 · m_w^-1 = 1 in nugpt_full, and 1 · m_w^1/2 · m_w^-1/2 = 1
   in mup, whose s_z starts at 1. So mup's logits start smaller in wide models, but learn as fast.
+  In nugpt the change would be m_w^1/2 · m_w^1/2 · m_w^-3/4 = m_w^1/4: right if alignment is less.
   A block moves h by a step of size α on the sphere. If the blocks' steps agree, they add up as
   their number: α₀·m_d^-1 keeps the sum. What the matrices learn acts through the same steps, so
   their rates need no factor of depth. mup and nugpt have this rule in common.
   The usual μP over depth (depth_mup) takes the steps as unrelated: they add up as a root, and α is
   α₀·m_d^-1/2. What is learned agrees all the same and would add up to m_d · m_d^-1/2 = m_d^1/2; the
-  factor m_d^-1/2 of lr_hidden takes that back. By this count the rule is as good. In experiments
-  its best η drifts to the right (paper, section 4.5, and here).
+  factor m_d^-1/2 of lr_hidden takes that back. So this count finds both rules equally good, and
+  only experiments tell. In the paper's the best η of depth_mup drifts to the right (section 4.5).
   A rescaler moves by rate / scale of its init a step. With nGPT's d^-1/2 it moves the faster, the
   wider the model is, though the rate is the same; with c it moves as fast as in the base.
 Where the cells come from.
@@ -90,7 +92,7 @@ Where the cells come from.
             each …_lr_mult at 1.
   mup       "μP for widths" of arXiv:2604.27077. Its text gives the power of m_t, a lemma the rest.
   nugpt     arXiv:2604.27077. m_t^-1/3 is a fit, not a theorem (section 4.6). It fits the schedules
-            cosine and linear; wsd wants about -1/2, for which a column may set lr.
+            cosine and linear; wsd wants about -1/2, for which a column may set lr_all.
   s_z_init  m_w^1/2 is missing from the paper's list of rules; Lemma 6.8 and section 7.5 need it.
 Constants.
   The options …_lr_mult, one for each class of tensors, and --alpha_init belong to the base and are
@@ -200,15 +202,20 @@ def parametrize(parametrization, *, width, depth, steps, batch_size,
         "c": base_width ** -0.5,
         "α₀": alpha_init,
     }
-    numbers = {row: value(cell, symbols) for row, cell in columns[parametrization].items()}
+    numbers = {}
+    for row, cell in columns[parametrization].items():
+        try:
+            numbers[row] = value(cell, symbols)
+        except ValueError as error:
+            raise ValueError(f"column {parametrization!r}, row {row!r}: {error}") from None
 
     lr_mults = lr_mults or {}
     lr_factors = {}
     for tensor_class in TENSOR_CLASSES:
         class_factor = numbers.get(f"lr_{tensor_class}", 1.0)
         constant = lr_mults.get(tensor_class, 1.0)
-        lr_factors[tensor_class] = numbers["lr"] * class_factor * constant
-    settings = {row: number for row, number in numbers.items() if not row.startswith("lr")}
+        lr_factors[tensor_class] = numbers["lr_all"] * class_factor * constant
+    settings = {row: number for row, number in numbers.items() if not row.startswith("lr_")}
     return settings, lr_factors
 
 
@@ -258,11 +265,12 @@ def print_numbers(sizes):
     lr_factors = {}
     for name in COLUMNS:
         settings[name], lr_factors[name] = parametrize(name, **sizes)
-    print(f"{'':>18}" + "".join(f"{name:>12}" for name in COLUMNS))
+    widths = {name: max(11, len(name)) + 1 for name in COLUMNS}
+    print(f"{'':>18}" + "".join(f"{name:>{widths[name]}}" for name in COLUMNS))
     for part, prefix in ((lr_factors, "η × "), (settings, "")):
         rows = dict.fromkeys(row for name in COLUMNS for row in part[name])
         for row in rows:
-            cells = "".join(f"{part[name].get(row, 1):12.4g}" for name in COLUMNS)
+            cells = "".join(f"{part[name].get(row, 1):{widths[name]}.4g}" for name in COLUMNS)
             print(f"{prefix + row:>18}{cells}")
 
 
@@ -272,8 +280,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: sys.exit(f"parametrize.py: {message} (see --help)")
-    # the paper's base has 10 heads of 102, here rounded to 1024, and 10 layers; its number of
-    # steps is not given
+    # the paper's base: 10 layers, and a width of 10 heads of 102, here rounded from 1020 to 1024; the
+    # paper does not give the base's number of steps
     defaults = {"width": 1024, "depth": 10, "steps": 10_000, "batch_size": 64}
     for name, default in defaults.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")

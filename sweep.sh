@@ -52,8 +52,8 @@ seeds=--seed=0,1,2
 control=ngpt
 
 # No ngpt at 1x: at the base size all columns are one model, and results/verdict.py takes nugpt's
-# runs for all of them. Over steps and over batch, columns that differ in lr alone are the same runs,
-# each at another η: so one column is enough there.
+# runs for all of them. Over steps and over batch, columns that differ in lr_all alone are the same
+# runs, each at another η: so one column is enough there.
 case $name in
     base)
         sweep $seeds --random=40 --finalists=5 --write_base="${results%.csv}.json" \

@@ -1051,7 +1051,7 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(data, tmp_path):
 def test_a_run_is_not_resumed_with_another_table(data, tmp_path, monkeypatch):
     assert run(*options(data, tmp_path, parametrization="ngpt")) == 0
     monkeypatch.setitem(COLUMNS["ngpt"], "alpha_A_init", "0.06")
-    assert "was trained with another model_config" in run(f"--out_dir={tmp_path}", "--resume")
+    assert "has a model with alpha_A_init=0.05" in run(f"--out_dir={tmp_path}", "--resume")
 
 
 def test_a_run_is_not_resumed_with_other_rates(data, tmp_path, monkeypatch):
@@ -1084,7 +1084,7 @@ def test_init_from_starts_with_the_weights_of_another_run_on_other_text(data, tm
 def test_init_from_a_model_of_other_sizes_is_refused(data, tmp_path):
     assert run(*options(data, tmp_path / "first")) == 0
     sentence = run(*options(data, tmp_path / "second", init_from=tmp_path / "first", width=64))
-    assert "holds a model of other sizes" in sentence
+    assert "has a model with width=32, " in sentence
     assert "cannot be read" in run(*options(data, tmp_path / "second", init_from=tmp_path / "none"))
 
 
@@ -1351,7 +1351,9 @@ class Muon(torch.optim.AdamW):
         for group in self.param_groups:
             if group["name"] == "hidden":
                 for parameter in group["params"]:
-                    momentum = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
+                    state = self.state[parameter]
+                    state.setdefault("step", torch.zeros(()))       # AdamW looks for it on --resume
+                    momentum = state.setdefault("momentum", torch.zeros_like(parameter))
                     momentum.mul_(0.95).add_(parameter.grad)
                     x = momentum / momentum.norm()
                     for _ in range(5):
@@ -1412,6 +1414,7 @@ def test_an_ablation_is_a_few_edits_and_changes_the_run(name, data, tmp_path):
     changed = log_numbers(tmp_path / "changed", "val_loss")[-1]
     assert np.isfinite(changed).all()
     assert changed != log_numbers(tmp_path / "plain", "val_loss")[-1]
+    assert outcome(start(f"--out_dir={tmp_path / 'changed'}", "--resume", folder=folder)) == 0
 
 
 def test_a_new_metric_in_the_log_is_two_edits(data, tmp_path):
@@ -1432,6 +1435,39 @@ def test_a_new_field_of_config_is_an_option_is_recorded_and_makes_another_run(da
     assert json.loads((out / "config.json").read_text())["config"]["twist"] == 0.25
     assert outcome(start(f"--out_dir={out}", "--resume", "--twist=1", folder=folder)) == 1
     assert "has twist=0.25, which a resumed run cannot change" in capfd.readouterr().err
+
+
+WINDOW = [
+    ("train.py", "    # optimization: Adam", "    window: int = 0\n\n    # optimization: Adam"),
+    ("model.py", "    mlp_ratio: float", "    window: int = 0\n    mlp_ratio: float"),
+    ("model.py", "        B, T, d = h.shape\n",
+     "        B, T, d = h.shape\n        assert self.config.window in (0, 8), self.config\n"),
+]
+
+
+def test_an_option_of_the_model_is_a_line_of_each_config_and_its_use(data, tmp_path, capfd):
+    old = tmp_path / "old"
+    assert run(*options(data, old)) == 0
+    folder = fork(tmp_path / "fork", *WINDOW)
+    assert outcome(start(*options(data, tmp_path / "new"), "--window=8", folder=folder)) == 0
+    config = json.loads((tmp_path / "new" / "config.json").read_text())
+    assert config["model_config"]["window"] == 8
+    assert config["model_config"]["seq_len"] == config["config"]["seq_len"]
+    # a run that is older than the option goes on: the option is at its default there
+    assert outcome(start(f"--out_dir={old}", "--resume", folder=folder)) == 0
+    assert outcome(start(f"--out_dir={old}", "--sample_only", folder=folder)) == 0
+    command = options(data, tmp_path / "wrong", init_from=old)
+    assert outcome(start(*command, "--window=8", folder=folder)) == 1
+    assert "has a model with window=0" in capfd.readouterr().err
+
+
+def test_a_run_of_another_model_py_is_refused_in_one_sentence(data, tmp_path, capfd):
+    assert run(*options(data, tmp_path / "out")) == 0
+    folder = fork(tmp_path / "fork", *ABLATIONS["no s_qk"])
+    for option in ("--resume", "--sample_only"):
+        assert outcome(start(f"--out_dir={tmp_path / 'out'}", option, folder=folder)) == 1
+        sentence = capfd.readouterr().err.splitlines()[-1]
+        assert sentence.endswith("has other parameters than the model: has model.py changed?")
 
 
 def extra_matrix(shape):

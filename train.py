@@ -11,6 +11,9 @@ The fields of Config below are the options. This file reads from top to bottom: 
 data, model and optimizer, schedule, evaluation, files of a run, the run itself, command line.
 The method is in apply_table and, in train's loop, in the learning rate and normalize_weights; all
 else trains any model.
+
+Exit codes: 0 finished, 1 bad input or no memory, said in one sentence, 3 diverged, 4 stopped by a
+signal (--resume continues), 130 or 143 ended by a second one.
 """
 import argparse
 import csv
@@ -27,6 +30,7 @@ import sys
 import sysconfig
 import threading
 import time
+import warnings
 from contextlib import suppress
 from dataclasses import asdict
 from dataclasses import dataclass
@@ -148,7 +152,7 @@ LOGGED_RESCALERS = ["alpha_A", "alpha_M", "s_z"]        # means of |α_A|, |α_M
 # seconds: of training, without evaluations and checkpoints
 LOG = ["step", "tokens", "learning_rate", "train_loss", "val_loss", "seconds", "tokens_per_second",
        *LOGGED_RESCALERS, "status"]
-# seconds: of all that `train` does, but for the sample
+# What results/sweep.py writes of a run. seconds: of all that `train` does, but for the sample
 OUTCOME = ["step", "val_loss", "bits_per_byte", "train_loss", "tokens", "parameters", "status",
            "seconds", *LOGGED_RESCALERS]
 EXIT_CODES = {"finished": 0, "diverged": 3, "stopped": 4}       # 1: bad input
@@ -186,7 +190,7 @@ def require(condition, sentence):
 
 def check(config):
     """Raises ValueError with one sentence if a value of config is impossible. Sizes of the model
-    are checked by GPTConfig and parametrize, Adam's numbers by AdamW."""
+    are checked by GPTConfig and parametrize, Adam's numbers by AdamW: see model_config."""
     for name in ("learning_rate", "alpha_init", "seq_len", "steps", "batch_size", "log_every",
                  "eval_every", "eval_tokens", "checkpoint_every"):
         value = getattr(config, name)
@@ -266,7 +270,7 @@ def read_base(path, config_class=Config):
         trial = config_class(**base)
         # whether this machine can train it as it stands is checked later
         check(replace(trial, batch_size=world_size, device="cpu"))
-        GPTConfig(trial.width, trial.depth, trial.head_dim)
+        model_config(trial)
     except ValueError as error:
         raise ValueError(f"the base {path} is impossible: {error}") from None
     return base
@@ -457,14 +461,19 @@ def apply_table(config, columns=COLUMNS):
         alpha_init=config.alpha_init, lr_mults=lr_mults, columns=columns)
 
 
+def model_config(config, config_class=GPTConfig, **settings):
+    """The GPTConfig of config's model. A field that Config and GPTConfig share, such as width, has
+    config's value; settings are the table's. Raises ValueError for impossible sizes."""
+    shared = {f.name for f in fields(config_class)} & {f.name for f in fields(config)}
+    return config_class(**{name: getattr(config, name) for name in shared}, **settings)
+
+
 def build(config, device):
     """(model, optimizer) in config's parametrization. Raises ValueError for impossible sizes."""
     settings, lr_factors = apply_table(config)
-    model_config = GPTConfig(config.width, config.depth, config.head_dim, config.vocab_size,
-                             config.seq_len, **settings)
     torch.manual_seed(config.seed)
     with device:
-        model = GPT(model_config)
+        model = GPT(model_config(config, **settings))
     return model, make_optimizer(model, lr_factors, config)
 
 
@@ -531,7 +540,9 @@ def schedule(step, config):
 
 
 def evaluate(model, forward, tokens, micro, config, autocast):
-    """{"val_loss": nats a token, and the means of |α_A|, |α_M| and |s_z|}. Ranks share the work."""
+    """{"val_loss": nats a token, and the means of |α_A|, |α_M| and |s_z|}. Ranks share the work; one
+    may have none. A fork that measures inside the model calls `model` itself: `forward` is compiled
+    and runs no hooks."""
     device = model.embedding.device
     starts = validation_starts(len(tokens), config.seq_len, config.eval_tokens)
     total = torch.zeros((), dtype=torch.float64, device=device)
@@ -685,7 +696,7 @@ def train(config, build_model=build, after_step=None):
 
     build_model(config, device) makes the model and its optimizer; a fork may pass its own.
     after_step(step, model) is called before the first step, with the step a run begins at, and
-    after each step.
+    after each step. The globals rank, world_size, quiet and signals of this module are read, too.
     """
     started = time.perf_counter()
     check(config)
@@ -727,11 +738,11 @@ def train(config, build_model=build, after_step=None):
     # files
     if world_size > 1:
         dist.barrier()      # no rank looks for ckpt.pt any more when the first one writes it
-    locked = None
+    log_file = None
     if config.out_dir and rank == 0:
-        locked = lock_folder(folder)
-        if locked.tell() > progress["log_bytes"]:
-            locked.truncate(progress["log_bytes"])      # rows after the checkpoint come again
+        log_file = lock_folder(folder)      # log.csv, open at its end
+        if log_file.tell() > progress["log_bytes"]:
+            log_file.truncate(progress["log_bytes"])    # rows after the checkpoint come again
         write_json(folder / "config.json", record)
     if step == 0 and config.out_dir:    # so that --resume finds this run, however early it ends
         save(path, record, progress, model, optimizer)
@@ -739,11 +750,13 @@ def train(config, build_model=build, after_step=None):
     forward, normalize_weights = maybe_compile(model, config)
     train_forward = forward
     if world_size > 1:      # gradients travel in large buckets: each bucket cuts the compiled graph
-        train_forward = DDP(forward, bucket_cap_mb=250, gradient_as_bucket_view=True,
-                            broadcast_buffers=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)      # 2.13 renames broadcast_buffers
+            train_forward = DDP(forward, bucket_cap_mb=250, gradient_as_bucket_view=True,
+                                broadcast_buffers=False)
         if step > 0:
-            batch = sequences(train_tokens, [0] * micro, config.seq_len, device)
-            match_buckets(train_forward, optimizer, batch, autocast)
+            any_batch = sequences(train_tokens, [0] * micro, config.seq_len, device)
+            match_buckets(train_forward, optimizer, any_batch, autocast)
     if after_step:
         after_step(step, model)
 
@@ -826,7 +839,8 @@ def train(config, build_model=build, after_step=None):
             status = "running"
         progress.update(row)
         if config.out_dir and rank == 0 and (logging or not finite):
-            # a stopped run goes on in the same file: its rows say nothing of it
+            # the status of a stopped run stays empty: after --resume the rows are those of a run that
+            # was never stopped
             ended = status in ("diverged", "finished")
             row["status"] = status if ended else ""
             progress["log_bytes"] = append_log(folder / "log.csv", row)
@@ -840,8 +854,8 @@ def train(config, build_model=build, after_step=None):
         clock = time.perf_counter()     # neither evaluation nor checkpoints count as training time
         clock_step = step
     bar.close()
-    if locked:
-        locked.close()
+    if log_file:
+        log_file.close()        # and with it the lock
 
     # outcome
     outcome = {name: progress.get(name) for name in OUTCOME}
@@ -861,11 +875,27 @@ def train(config, build_model=build, after_step=None):
 
 def start_from(folder, model):
     """Load the weights of the run in another folder. Raises ValueError if its model differs."""
-    checkpoint = load(Path(folder, "ckpt.pt"))
-    require(checkpoint["model_config"] == asdict(model.config),
-            f"init_from={folder} holds a model of other sizes or rescalers; --base={folder} takes "
-            "its numbers from there")
-    model.load_state_dict(checkpoint["model"])
+    path = Path(folder, "ckpt.pt")
+    try:
+        load_weights(model, load(path), path)
+    except ValueError as error:
+        raise ValueError(f"{error}; --base={folder} takes its numbers from there") from None
+
+
+def load_weights(model, checkpoint, path):
+    """Gives the model the weights of the checkpoint that was loaded from path. Raises ValueError if
+    it was made with other sizes or rescalers, or by another model.py."""
+    now = asdict(model.config)
+    # a fork's new field is at its default in a checkpoint that is older than the field
+    defaults = {f.name: f.default for f in fields(model.config)}
+    saved = {**defaults, **checkpoint["model_config"]}
+    changed = [f"{name}={value}" for name, value in saved.items() if now.get(name) != value]
+    require(not changed, f"{path} has a model with {', '.join(changed)}, and not the one that is "
+                         "wanted here")
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except RuntimeError:
+        raise ValueError(f"{path} has other parameters than the model: has model.py changed?") from None
 
 
 def restore(path, config, model, optimizer, record):
@@ -874,8 +904,6 @@ def restore(path, config, model, optimizer, record):
     # A GPU copies from a file that is mapped to memory. On the CPU Adam's state would go on
     # pointing into the file, and its place on the disk would stay taken.
     checkpoint = load(path, mmap=model.embedding.is_cuda)
-    require(checkpoint["model_config"] == record["model_config"],
-            f"{path} was trained with another model_config")
     require(fingerprint(checkpoint["data"]) == fingerprint(record["data"]),
             f"{path} was trained with another data than {config.data}; --init_from={path.parent} "
             "starts a new run from its weights")
@@ -883,7 +911,7 @@ def restore(path, config, model, optimizer, record):
     saved = [group.get("lr_factor") for group in checkpoint["optimizer"]["param_groups"]]
     require(factors == saved, f"{path} was trained with other learning rates: has parametrize.py "
                               "changed?")
-    model.load_state_dict(checkpoint["model"])
+    load_weights(model, checkpoint, path)
     optimizer.load_state_dict(checkpoint["optimizer"])
     return checkpoint["progress"]
 
@@ -1032,14 +1060,13 @@ def goes_on_to_another_horizon(before, now, changed, done):
 def sample(config, build_model=build):
     """Print a sample of the model in config.out_dir. Neither its text nor another folder is needed.
     Raises ValueError if there is no trained model, or no tokenizer."""
-    checkpoint = load(Path(config.out_dir, "ckpt.pt"))
+    path = Path(config.out_dir, "ckpt.pt")
+    checkpoint = load(path)
     require(checkpoint["progress"]["step"] > 0, f"{config.out_dir} has no trained model yet")
     check(config)
     device, autocast = open_device(config)
     model, _ = build_model(config, device)
-    require(checkpoint["model_config"] == asdict(model.config),
-            f"{config.out_dir} was trained with another model_config: has parametrize.py changed?")
-    model.load_state_dict(checkpoint["model"])
+    load_weights(model, checkpoint, path)
     print_sample(model, checkpoint["data"].get("tokenizer"), config, autocast)
 
 

@@ -32,7 +32,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import plain
 import show
 import train
-from model import GPTConfig
 from parametrize import TENSOR_CLASSES
 from prepare_data import fingerprint
 from verdict import student
@@ -253,7 +252,7 @@ def check(config):
     """Raises ValueError if the run that config describes is impossible."""
     train.check(config)
     train.apply_table(config, show.COLUMNS)
-    GPTConfig(config.width, config.depth, config.head_dim)
+    train.model_config(config)
 
 
 def rows_in(path):

@@ -30,10 +30,10 @@ from parametrize import read_table
 # d, m_w and c = (base_width)^-1/2 are as in parametrize.py.
 TABLE = """
                 | gpt_sp | gpt_mup    | what it sets
-lr              | 1      | 1          | multiplies η for every tensor
-lr_embedding    | 1      | 1          | ... and for the embedding
-lr_hidden       | 1      | m_w^-1     | ... and for the blocks' matrices
-lr_unembedding  | 1      | m_w^-1     | ... and for the unembedding
+lr_all          | 1      | 1          | multiplies η for every tensor
+lr_embedding    | 1      | 1          | ... once more for the embedding
+lr_hidden       | 1      | m_w^-1     | ... once more for the blocks' matrices
+lr_unembedding  | 1      | m_w^-1     | ... once more for the unembedding
 hidden_std      | d^-1/2 | d^-1/2     | initial standard deviation of the blocks' matrices
 unembedding_std | d^-1/2 | c · m_w^-1 | initial standard deviation of the unembedding
 """
@@ -47,6 +47,7 @@ class Config(train.Config):
 
 @dataclass
 class PlainGPTConfig(GPTConfig):
+    mlp_ratio: float = 8 / 3            # its own, so that a fork of model.py leaves the opponent alone
     embedding_std: float = 1.0
     hidden_std: float = 0.02            # these two are the table's: see build
     unembedding_std: float = 0.02
@@ -128,11 +129,9 @@ def parametrize(parametrization, **options):
 def build(config, device):
     """(model, optimizer) of a plain GPT. Raises ValueError for impossible sizes."""
     settings, lr_factors = train.apply_table(config, COLUMNS)
-    model_config = PlainGPTConfig(config.width, config.depth, config.head_dim, config.vocab_size,
-                                  config.seq_len, embedding_std=config.embedding_std, **settings)
     torch.manual_seed(config.seed)
     with device:
-        model = PlainGPT(model_config)
+        model = PlainGPT(train.model_config(config, PlainGPTConfig, **settings))
     return model, train.make_optimizer(model, lr_factors, config)
 
 

@@ -150,17 +150,16 @@ def report(axis, verdicts, control):
     needed = steps_needed(verdicts, control) if axis == "steps" else []
     if needed:
         tables.append(table([("column", "steps", "loss", f"for it {control} needs"), *needed]))
+    notes = [f"drift: change of log2 {best} a doubling of {axis}. "
+             "|α|: eigen learning rates, mean at the end.",
+             f"regret: loss at the smallest size's {best}, less the best."]
+    if needed:
+        notes.append("needs: steps at the best η to reach that loss.")
     if any(verdict.drift for verdict in verdicts.values()):
         tables.append(powers_table(axis, verdicts))
-    notes = (
-        f"drift: change of log2 {best} a doubling of {axis}. "
-        "|α|: eigen learning rates, mean at the end.\n"
-        f"regret: loss at the smallest size's {best}, less the best. "
-        "needs: steps at the best η to reach that loss.\n"
-        "power: the table's exponent → the one that would have removed the drift, "
-        "if every class is shifted equally."
-    )
-    return "\n".join([*tables, notes])
+        notes.append("power: the table's exponent → the one that would have removed the drift, "
+                     "if every class is shifted equally.")
+    return "\n".join([*tables, *notes])
 
 
 def curves_table(axis, verdicts, best):

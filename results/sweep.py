@@ -45,7 +45,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import plain
 import train
 import verdict
-from model import GPTConfig
 from parametrize import COLUMNS
 from prepare_data import fingerprint
 from prepare_data import write_json
@@ -168,7 +167,7 @@ def make_config(options, base, is_base):
         config.base_batch_size = config.batch_size
     # three checks, which raise
     train.check(config)
-    GPTConfig(config.width, config.depth, config.head_dim)
+    train.model_config(config)
     train.apply_table(config, plain.COLUMNS if is_plain else COLUMNS)
     meta = read_meta(config.data, config.seq_len)
     config.dtype = train.pick_dtype(config, train.pick_device(config))
@@ -222,9 +221,10 @@ def flops(config):
 
 
 def shape(config):
-    """What torch.compile compiles for."""
-    return (config.parametrization in plain.COLUMNS, config.width, config.depth, config.head_dim,
-            config.seq_len, config.vocab_size, train.split_batch(config)[1], config.dtype)
+    """What torch.compile compiles for: all sizes of the model, a fork's among them, and the batch."""
+    sizes = asdict(train.model_config(config)).values()
+    micro_batch_size = train.split_batch(config)[1]
+    return (config.parametrization in plain.COLUMNS, *sizes, micro_batch_size, config.dtype)
 
 
 # ------------------------------------------------------------------------------------------------
