@@ -48,10 +48,10 @@ VARIANTS = {
     # the two ends between which the paper's -3/4 lies: see "Why these powers"
     "nugpt_full": ("nugpt", {"lr_hidden": "m_w^-1", "lr_unembedding": "m_w^-1"}),
     "nugpt_none": ("nugpt", {"lr_hidden": "m_w^-1/2", "lr_unembedding": "m_w^-1/2"}),
-    # the paper's counter-example, the usual μP over depth: α and the blocks' rate with m_d^-1/2.
-    # There it breaks transfer over depth (section 4.5); on our small models it drifts little
-    # (results/depth.csv). The paper does not settle its powers of m_w. Here they are nugpt's, so
-    # that only depth differs.
+    # the paper's counter-example, the usual μP over depth: α and the blocks' rate with m_d^-1/2. In
+    # the paper its best η drifts to the right with depth (section 4.5), and on our small models,
+    # too, by 0.07 octaves a doubling (results/depth.csv). The paper does not settle its powers of
+    # m_w. Here they are nugpt's, so that only depth differs.
     "depth_mup": ("nugpt", {"lr_hidden": "m_w^-3/4 · m_d^-1/2", "alpha_init": "α₀·m_d^-1/2"}),
     # ours: 1/6 is chosen so that at an equal number of tokens, where m_t is 1/m_b, lr_all is m_b^1/2,
     # the square-root rule
@@ -70,21 +70,23 @@ Why these powers.
     d^-1/2, too: so the rate must fall as d^-1.
   Relative to the base: m_w^-1/2 without alignment (nugpt_none), m_w^-1 with full alignment
   (nugpt_full). arXiv:2407.05872. The paper measured between, and takes m_w^-3/4 (nugpt).
-  W_O and W_oMLP act on what is no unit vector. But Norm follows them, so that the fraction alone
-  counts. It has the same powers, since the MLP's width, over which W_oMLP sums, grows as d.
+  W_u and W_nu are as W_q. W_O and W_oMLP act on what is no unit vector. But Norm follows them, so
+  that again the fraction alone counts, by which their output changes. The powers are the same,
+  since the MLP's width, over which W_oMLP sums, grows as d.
   A row of the embedding is a hidden state: its entries are d^-1/2, and nothing is summed: m_w^-1/2.
   The logits E_out h are products of unit vectors and shrink as d^-1/2: s_z starts at m_w^1/2.
-  mup is fully aligned, too. With full alignment a step changes a logit by s_z · √d · rate. Relative
-  to the base this is m_w^1/2 · m_w^1/2 · m_w^-1 = 1 in nugpt_full, and 1 · m_w^1/2 · m_w^-1/2 = 1
-  in mup, whose s_z starts at 1. So mup's logits start smaller in wide models, but learn as fast.
-  In nugpt the change would be m_w^1/2 · m_w^1/2 · m_w^-3/4 = m_w^1/4: right if alignment is less.
+  mup assumes full alignment, too, though its power for E_out is -1/2. With full alignment a step
+  changes a logit by s_z · √d · rate. Relative to the base this is m_w^1/2 · m_w^1/2 · m_w^-1 = 1 in
+  nugpt_full, and 1 · m_w^1/2 · m_w^-1/2 = 1 in mup, whose s_z starts at 1. So mup's logits start
+  smaller in wide models, but learn as fast. In nugpt the change would be m_w^1/2 · m_w^1/2 ·
+  m_w^-3/4 = m_w^1/4, which is too much unless alignment is less than full.
   A block moves h by a step of size α on the sphere. If the blocks' steps agree, they add up as
   their number: α₀·m_d^-1 keeps the sum. What the matrices learn acts through the same steps, so
   their rates need no factor of depth. mup and nugpt have this rule in common.
   The usual μP over depth (depth_mup) takes the steps as unrelated: they add up as a root, and α is
   α₀·m_d^-1/2. What is learned agrees all the same and would add up to m_d · m_d^-1/2 = m_d^1/2; the
   factor m_d^-1/2 of lr_hidden takes that back. So this count finds both rules equally good, and
-  only experiments tell. In the paper's the best η of depth_mup drifts to the right (section 4.5).
+  only experiments tell. In those of the paper depth_mup's best η drifts to the right (section 4.5).
   A rescaler moves by rate / scale of its init a step. With nGPT's d^-1/2 it moves the faster, the
   wider the model is, though the rate is the same; with c it moves as fast as in the base.
 Where the cells come from.
@@ -265,6 +267,7 @@ def print_numbers(sizes):
     lr_factors = {}
     for name in COLUMNS:
         settings[name], lr_factors[name] = parametrize(name, **sizes)
+    print("Factors of η, with each …_lr_mult at 1, and settings, with α₀ = 0.05\n")
     widths = {name: max(11, len(name)) + 1 for name in COLUMNS}
     print(f"{'':>18}" + "".join(f"{name:>{widths[name]}}" for name in COLUMNS))
     for part, prefix in ((lr_factors, "η × "), (settings, "")):

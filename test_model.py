@@ -1085,6 +1085,7 @@ def test_init_from_a_model_of_other_sizes_is_refused(data, tmp_path):
     assert run(*options(data, tmp_path / "first")) == 0
     sentence = run(*options(data, tmp_path / "second", init_from=tmp_path / "first", width=64))
     assert "has a model with width=32, " in sentence
+    assert f"--base={tmp_path / 'first'} takes its numbers" in sentence
     assert "cannot be read" in run(*options(data, tmp_path / "second", init_from=tmp_path / "none"))
 
 
@@ -1459,6 +1460,15 @@ def test_an_option_of_the_model_is_a_line_of_each_config_and_its_use(data, tmp_p
     command = options(data, tmp_path / "wrong", init_from=old)
     assert outcome(start(*command, "--window=8", folder=folder)) == 1
     assert "has a model with window=0" in capfd.readouterr().err
+
+
+def test_the_log_of_a_run_without_its_checkpoint_is_kept(data, tmp_path):
+    assert run(*options(data, tmp_path)) == 0
+    (tmp_path / "ckpt.pt").unlink()
+    text = (tmp_path / "log.csv").read_text()
+    for option in ("--resume=False", "--resume"):
+        assert "has the log.csv of a run whose ckpt.pt is gone" in run(*options(data, tmp_path), option)
+        assert (tmp_path / "log.csv").read_text() == text
 
 
 def test_a_run_of_another_model_py_is_refused_in_one_sentence(data, tmp_path, capfd):

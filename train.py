@@ -478,10 +478,11 @@ def build(config, device):
 
 
 def make_optimizer(model, lr_factors, config):
-    """AdamW with a group for each tensor class. The class "rescalers" does not decay."""
+    """AdamW with a group for each tensor class. Matrices decay, rescalers do not."""
     groups = param_groups(model, lr_factors)
     for group in groups:
-        group["weight_decay"] = 0.0 if group["name"] == "rescalers" else config.weight_decay
+        are_matrices = all(parameter.dim() == 2 for parameter in group["params"])
+        group["weight_decay"] = config.weight_decay if are_matrices else 0.0
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2),
                              eps=config.eps, fused=True)
 
@@ -741,6 +742,8 @@ def train(config, build_model=build, after_step=None):
     log_file = None
     if config.out_dir and rank == 0:
         log_file = lock_folder(folder)      # log.csv, open at its end
+        require(has_checkpoint or log_file.tell() == 0, f"{folder} has the log.csv of a run whose "
+                                                        "ckpt.pt is gone; choose another --out_dir")
         if log_file.tell() > progress["log_bytes"]:
             log_file.truncate(progress["log_bytes"])    # rows after the checkpoint come again
         write_json(folder / "config.json", record)
@@ -876,26 +879,26 @@ def train(config, build_model=build, after_step=None):
 def start_from(folder, model):
     """Load the weights of the run in another folder. Raises ValueError if its model differs."""
     path = Path(folder, "ckpt.pt")
-    try:
-        load_weights(model, load(path), path)
-    except ValueError as error:
-        raise ValueError(f"{error}; --base={folder} takes its numbers from there") from None
+    load_weights(model, load(path), path)
 
 
 def load_weights(model, checkpoint, path):
     """Gives the model the weights of the checkpoint that was loaded from path. Raises ValueError if
     it was made with other sizes or rescalers, or by another model.py."""
+    unlike = f"{path} has other parameters than the model: has model.py changed?"
+    try:
+        # a fork's new field is at its default in a checkpoint that is older than the field
+        saved = asdict(type(model.config)(**checkpoint["model_config"]))
+    except TypeError:
+        raise ValueError(unlike) from None
     now = asdict(model.config)
-    # a fork's new field is at its default in a checkpoint that is older than the field
-    defaults = {f.name: f.default for f in fields(model.config)}
-    saved = {**defaults, **checkpoint["model_config"]}
-    changed = [f"{name}={value}" for name, value in saved.items() if now.get(name) != value]
+    changed = [f"{name}={value}" for name, value in saved.items() if now[name] != value]
     require(not changed, f"{path} has a model with {', '.join(changed)}, and not the one that is "
-                         "wanted here")
+                         f"wanted here; --base={path.parent} takes its numbers from there")
     try:
         model.load_state_dict(checkpoint["model"])
     except RuntimeError:
-        raise ValueError(f"{path} has other parameters than the model: has model.py changed?") from None
+        raise ValueError(unlike) from None
 
 
 def restore(path, config, model, optimizer, record):
