@@ -53,8 +53,8 @@ VARIANTS = {
     # too, by 0.07 octaves a doubling (results/depth.csv). The paper does not settle its powers of
     # m_w. Here they are nugpt's, so that only depth differs.
     "depth_mup": ("nugpt", {"lr_hidden": "m_w^-3/4 · m_d^-1/2", "alpha_init": "α₀·m_d^-1/2"}),
-    # ours: 1/6 is chosen so that at an equal number of tokens, where m_t is 1/m_b, lr_all is m_b^1/2,
-    # the square-root rule
+    # ours: 1/6 is chosen so that at an equal number of tokens, where m_t is 1/m_b, lr_all is
+    # m_b^1/2, the square-root rule
     "nugpt_batch": ("nugpt", {"lr_all": "m_b^1/6 · m_t^-1/3"}),
 }
 
@@ -283,8 +283,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: sys.exit(f"parametrize.py: {message} (see --help)")
-    # the paper's base: 10 layers, and a width of 10 heads of 102, here rounded from 1020 to 1024; the
-    # paper does not give the base's number of steps
+    # the paper's base: 10 layers, and a width of 10 heads of 102, here rounded from 1020 to 1024;
+    # the paper does not give the base's number of steps
     defaults = {"width": 1024, "depth": 10, "steps": 10_000, "batch_size": 64}
     for name, default in defaults.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")

@@ -190,7 +190,7 @@ def require(condition, sentence):
 
 def check(config):
     """Raises ValueError with one sentence if a value of config is impossible. Sizes of the model
-    are checked by GPTConfig and parametrize, Adam's numbers by AdamW: see model_config."""
+    are checked by model_config and parametrize, Adam's numbers by AdamW."""
     for name in ("learning_rate", "alpha_init", "seq_len", "steps", "batch_size", "log_every",
                  "eval_every", "eval_tokens", "checkpoint_every"):
         value = getattr(config, name)
@@ -879,12 +879,13 @@ def train(config, build_model=build, after_step=None):
 def start_from(folder, model):
     """Load the weights of the run in another folder. Raises ValueError if its model differs."""
     path = Path(folder, "ckpt.pt")
-    load_weights(model, load(path), path)
+    load_weights(model, load(path), path, f"--base={folder} takes its numbers from there")
 
 
-def load_weights(model, checkpoint, path):
+def load_weights(model, checkpoint, path, advice="has parametrize.py changed?"):
     """Gives the model the weights of the checkpoint that was loaded from path. Raises ValueError if
-    it was made with other sizes or rescalers, or by another model.py."""
+    it was made with other sizes or rescalers, for which advice says what to do, or by another
+    model.py."""
     unlike = f"{path} has other parameters than the model: has model.py changed?"
     try:
         # a fork's new field is at its default in a checkpoint that is older than the field
@@ -894,7 +895,7 @@ def load_weights(model, checkpoint, path):
     now = asdict(model.config)
     changed = [f"{name}={value}" for name, value in saved.items() if now[name] != value]
     require(not changed, f"{path} has a model with {', '.join(changed)}, and not the one that is "
-                         f"wanted here; --base={path.parent} takes its numbers from there")
+                         f"wanted here; {advice}")
     try:
         model.load_state_dict(checkpoint["model"])
     except RuntimeError:

@@ -47,7 +47,7 @@ class Config(train.Config):
 
 @dataclass
 class PlainGPTConfig(GPTConfig):
-    mlp_ratio: float = 8 / 3            # its own, so that a fork of model.py leaves the opponent alone
+    mlp_ratio: float = 8 / 3            # its own: a fork of model.py leaves the opponent alone
     embedding_std: float = 1.0
     hidden_std: float = 0.02            # these two are the table's: see build
     unembedding_std: float = 0.02
