@@ -153,6 +153,13 @@ def build_columns(table, variants):
             if row not in may_set:
                 sys.exit(f"parametrize.py: the column {name!r} sets {row!r}, which is no row")
         columns[name] = {**columns[start], **expand(cells)}
+    for name, cells in columns.items():
+        for row in cells:
+            is_rate_of_a_class = row.startswith("lr_") and row != "lr_all"
+            tensor_class = row.removeprefix("lr_")
+            if is_rate_of_a_class and tensor_class not in TENSOR_CLASSES:
+                sys.exit(f"parametrize.py: the column {name!r} sets {row!r}, but TENSOR_CLASSES "
+                         f"has no class {tensor_class!r}")
     return columns
 
 
@@ -183,7 +190,7 @@ def parametrize(parametrization, *, width, depth, steps, batch_size,
         settings:    {"alpha_A_init": …, "s_z_scale": …, …}, keywords of model.GPTConfig;
         lr_factors:  {"embedding": …, "hidden": …, …}, what multiplies η, for each tensor class.
     lr_mults: {tensor class: its …_lr_mult, the last factor of its rate}; 1 for a class left out.
-    Raises ValueError for an unknown column or a size below 1.
+    Raises ValueError for an unknown column, an unknown class or a size below 1.
     """
     if parametrization not in columns:
         raise ValueError(f"there is no parametrization {parametrization!r}; "
@@ -212,6 +219,10 @@ def parametrize(parametrization, *, width, depth, steps, batch_size,
             raise ValueError(f"column {parametrization!r}, row {row!r}: {error}") from None
 
     lr_mults = lr_mults or {}
+    for tensor_class, constant in lr_mults.items():
+        if tensor_class not in TENSOR_CLASSES and constant != 1:
+            raise ValueError(f"{tensor_class}_lr_mult is {constant}, but TENSOR_CLASSES, "
+                             f"parametrize.py, has no class {tensor_class!r}")
     lr_factors = {}
     for tensor_class in TENSOR_CLASSES:
         class_factor = numbers.get(f"lr_{tensor_class}", 1.0)

@@ -497,6 +497,17 @@ def test_constants_multiply_the_rate_of_the_class_of_their_name(monkeypatch):
     assert plain["gates"] == pytest.approx(0.5 / 5)
 
 
+def test_a_class_that_lost_its_name_takes_neither_row_nor_constant_with_it_in_silence(monkeypatch):
+    classes = {**parametrize_py.TENSOR_CLASSES}
+    classes["blocks"] = classes.pop("hidden")
+    monkeypatch.setattr(parametrize_py, "TENSOR_CLASSES", classes)
+    with pytest.raises(SystemExit, match="'ngpt' sets 'lr_hidden', but TENSOR_CLASSES has no class 'hidden'"):
+        parametrize_py.build_columns(parametrize_py.TABLE, {})
+    with pytest.raises(ValueError, match="hidden_lr_mult is 0.5, but TENSOR_CLASSES, .* has no class 'hidden'"):
+        parametrize("nugpt", lr_mults={"hidden": 0.5}, **LARGE)
+    parametrize("nugpt", lr_mults={"hidden": 1.0}, **LARGE)      # an option at its default says nothing
+
+
 def test_alpha_starts_in_proportion_to_alpha_init():
     settings, _ = parametrize("nugpt", alpha_init=0.2, **LARGE)
     assert settings["alpha_M_init"] == pytest.approx(0.2 / 9)

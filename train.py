@@ -49,7 +49,6 @@ from tqdm import tqdm
 from model import GPT
 from model import GPTConfig
 from parametrize import COLUMNS
-from parametrize import TENSOR_CLASSES
 from parametrize import param_groups
 from parametrize import parametrize
 from prepare_data import fingerprint
@@ -448,10 +447,10 @@ def tune_cpu(config):
 def apply_table(config, columns=COLUMNS):
     """(settings of the rescalers, factors of η) for config's model: what parametrize returns. This
     is the method. Raises ValueError as parametrize does."""
-    lr_mults = {}
-    for tensor_class in TENSOR_CLASSES:
-        # the options embedding_lr_mult, hidden_lr_mult, …; 1 for a fork's class without one
-        lr_mults[tensor_class] = getattr(config, f"{tensor_class}_lr_mult", 1.0)
+    lr_mults = {}       # of embedding_lr_mult, hidden_lr_mult, …; a fork's class may have no option
+    for f in fields(config):
+        if f.name.endswith("_lr_mult"):
+            lr_mults[f.name.removesuffix("_lr_mult")] = getattr(config, f.name)
     return parametrize(
         config.parametrization,
         width=config.width, base_width=config.base_width,
