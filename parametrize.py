@@ -278,6 +278,8 @@ def print_numbers(sizes):
     lr_factors = {}
     for name in COLUMNS:
         settings[name], lr_factors[name] = parametrize(name, **sizes)
+    print("Base: width {base_width}, {base_depth} blocks, {base_steps} steps, batch {base_batch_size}"
+          .format(**sizes))
     print("Factors of η, with each …_lr_mult at 1, and settings, with α₀ = 0.05\n")
     widths = {name: max(11, len(name)) + 1 for name in COLUMNS}
     print(f"{'':>18}" + "".join(f"{name:>{widths[name]}}" for name in COLUMNS))

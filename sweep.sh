@@ -17,7 +17,8 @@ Three seeds, but for laptop. Times are of two cores with bfloat16 and results/la
 from width on estimated from the runs' own clocks.
 Options of results/sweep.py and of train.py follow the name, and win over those in this file:
   ./sweep.sh width --base=out/books.json --data=data/books --seed=0 --results=out/books_width.csv
---dry prints the runs. A repeated command continues. In values, 2x is twice the base's.
+--dry prints the runs; data/stdlib is made if it is missing. A repeated command continues.
+In values, 2x is twice the base's.
 end
 }
 
