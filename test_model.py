@@ -1207,6 +1207,12 @@ def test_what_the_rule_does_not_carry_is_said_in_one_line(data, tmp_path, capsys
     assert run(f"--base={base}", *few, "--width=32", "--batch_size=4", "--parametrization=nugpt_batch") == 0
     assert "note:" not in capsys.readouterr().out
 
+    # a run's η belongs to the batch of the run's own base
+    own = tmp_path / "run.json"
+    own.write_text(json.dumps({"config": {**BASE_NUMBERS, "batch_size": 4, "base_batch_size": 2}}))
+    assert run(f"--base={own}", *few) == 0
+    assert "note: the rule does not carry η over batch_size (2 → 4)" in capsys.readouterr().out
+
 
 BAD_BASES = {       # content of the file: what the sentence says
     "": "is damaged",

@@ -279,14 +279,14 @@ def not_carried(config, meta):
     """A sentence on what differs from the base though the rule does not carry η over it; or ""."""
     base = type(config)(**read_base(config.base, type(config)))
     tokenizer = read_base_file(config.base).get("data", {}).get("tokenizer")
-    names = ["head_dim", "seq_len", "schedule"]
+    tuned_at = {"head_dim": base.head_dim, "seq_len": base.seq_len, "schedule": base.schedule}
     cells = COLUMNS.get(config.parametrization, {}).values()
     if not any("m_b" in cell for cell in cells):
-        names.append("batch_size")
+        tuned_at["batch_size"] = base.base_batch_size       # of the base's own base, if it has one
     changed = []
-    for name in names:
-        if getattr(config, name) != getattr(base, name):
-            changed.append(f"{name} ({getattr(base, name)} → {getattr(config, name)})")
+    for name, value in tuned_at.items():
+        if getattr(config, name) != value:
+            changed.append(f"{name} ({value} → {getattr(config, name)})")
     if tokenizer and tokenizer != meta["tokenizer"]:
         changed.append(f"tokenizer ({tokenizer} → {meta['tokenizer']})")
     if not changed:
