@@ -1,7 +1,7 @@
 """
 The learning-rate rules of normalized Transformers as one table: what changes when a model is wider,
 deeper or trained longer than the base, the small model on which the learning rate η was tuned.
-Rows are quantities, columns are rules.
+Rows are quantities, columns are rules. "The paper" is arXiv:2604.27077 here.
 
     python parametrize.py                                           print the table
     python parametrize.py --width=4096 --depth=48 --steps=100000    the numbers of one model
@@ -59,7 +59,7 @@ VARIANTS = {
 }
 
 REASONS = """
-Why these powers.
+Why these powers. (The paper is arXiv:2604.27077.)
   A step shall change W h by the same fraction at every width d. W is W_q, say. h and the rows of W
   are unit vectors, and stay so: hence the entries of h, W and W h are about d^-1/2. Adam changes
   each entry of W by about the learning rate, whatever the gradient's size. An entry of W h is a
@@ -92,10 +92,11 @@ Why these powers.
 Where the cells come from.
   ngpt      arXiv:2410.01131: no rule for rates; scales that follow the width. nGPT as published has
             each …_lr_mult at 1.
-  mup       "μP for widths" of arXiv:2604.27077. Its text gives the power of m_t, a lemma the rest.
-  nugpt     arXiv:2604.27077. m_t^-1/3 is a fit, not a theorem (section 4.6). It fits the schedules
+  mup       the paper's "μP for widths". Its text gives the power of m_t, a lemma the rest.
+  nugpt     the paper's νGPT. m_t^-1/3 is a fit, not a theorem (section 4.6). It fits the schedules
             cosine and linear; wsd wants about -1/2, for which a column may set lr_all.
-  s_z_init  m_w^1/2 is missing from the paper's list of rules; Lemma 6.8 and section 7.5 need it.
+  s_z_init  m_w^1/2 is our reading: the paper's list of rules lacks it, but Lemma 6.8 and section
+            7.5 need it.
 Constants.
   The options …_lr_mult, one for each class of tensors, and --alpha_init belong to the base and are
   tuned there with η. The paper has unembedding_lr_mult = 1/2, 1 for the others, and alpha_init =
@@ -278,8 +279,8 @@ def print_numbers(sizes):
     lr_factors = {}
     for name in COLUMNS:
         settings[name], lr_factors[name] = parametrize(name, **sizes)
-    print("Base: width {base_width}, {base_depth} blocks, {base_steps} steps, batch {base_batch_size}"
-          .format(**sizes))
+    print("Base: width {base_width}, {base_depth} blocks, {base_steps} steps, "
+          "batch {base_batch_size}".format(**sizes))
     print("Factors of η, with each …_lr_mult at 1, and settings, with α₀ = 0.05\n")
     widths = {name: max(11, len(name)) + 1 for name in COLUMNS}
     print(f"{'':>18}" + "".join(f"{name:>{widths[name]}}" for name in COLUMNS))

@@ -943,10 +943,10 @@ def test_ranks_wait_for_a_checkpoint_longer_than_for_a_sum(disk_is_full, data, t
     assert ("ckpt.pt could not be written (disk is full); the last" in capfd.readouterr().err) == disk_is_full
 
 
-def test_a_resumed_run_cannot_change_its_mathematics(data, tmp_path):
+def test_a_resumed_run_cannot_change_an_option_that_makes_it(data, tmp_path):
     assert signaled(signal.SIGKILL, 6, *options(data, tmp_path)) == -signal.SIGKILL
     saved = checkpoint(tmp_path)["config"]
-    for name in train.MATHEMATICS:
+    for name in train.options_of_a_run(train.Config):
         old = saved[name]
         new = "other" if isinstance(old, str) else old + 1
         sentence = run(f"--out_dir={tmp_path}", "--resume", f"--{name}={new}")

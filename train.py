@@ -69,8 +69,7 @@ def option(default, help):
 
 @dataclass
 class Config:
-    # The defaults are of a large model, but their learning rate was found at width 128: it is not
-    # tuned. Give a base instead.
+    # The defaults are of a large model, at which η was never tuned. Give a base instead.
 
     # model
     width: int = option(1024, "d_model, a multiple of head_dim")
@@ -137,8 +136,9 @@ class Config:
     compile: bool = option(True, "use torch.compile")
 
 
-# These leave the mathematics of a run alone; all other fields make it another run. The folder of
-# the data may move, but a run goes on with the same tokens only: see restore.
+# These change nothing that a run computes, but for rounding. Another value of any other field makes
+# another run. The folder of the data may move, but a run goes on with the same tokens only: see
+# restore.
 MAY_CHANGE_ON_RESUME = {
     "base", "micro_batch_size", "data", "out_dir", "resume", "sample_only", "prompt",
     "sample_tokens", "temperature", "top_k", "log_every", "eval_every", "checkpoint_every",
@@ -164,12 +164,9 @@ signals = []            # SIGTERM and Ctrl-C that came
 quiet = False           # results/sweep.py sets it: no lines, no progress bar
 
 
-def mathematics(config_class):
-    """The options that make a run: another value of one is another run."""
+def options_of_a_run(config_class):
+    """Names of the options that make a run: another value of one is another run."""
     return [f.name for f in fields(config_class) if f.name not in MAY_CHANGE_ON_RESUME]
-
-
-MATHEMATICS = mathematics(Config)
 
 
 def say(text):
@@ -377,9 +374,8 @@ def say_if_micro_batches_are_tiny(config):
 
 
 def open_device(config):
-    """(device of this process, autocast context). Starts the process group, and replaces
-    dtype="auto" in config."""
-    global long_timeout_group
+    """(device of this process, autocast context). Joins this process to the others, if there are
+    any, and replaces dtype="auto" in config."""
     device = pick_device(config)
     on_gpu = device.type == "cuda"
     if on_gpu:
@@ -390,19 +386,24 @@ def open_device(config):
         say("nvidia-smi is here, but PyTorch sees no GPU: going on with the CPU")
 
     if world_size > 1 and not dist.is_initialized():
-        # a node that is gone is missed after 10 minutes; a checkpoint may take longer
-        timeout = timedelta(minutes=10)
-        if on_gpu:
-            dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, timeout=timeout)
-        else:
-            dist.init_process_group("gloo", timeout=timeout)
-        long_timeout_group = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
-
+        start_process_group(device)
     config.dtype = pick_dtype(config, device)
     if not on_gpu:
         tune_cpu(config)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
     return device, autocast
+
+
+def start_process_group(device):
+    """Joins this process to the others that torchrun started."""
+    global long_timeout_group
+    # a node that is gone is missed after 10 minutes; a checkpoint may take longer
+    timeout = timedelta(minutes=10)
+    if device.type == "cuda":
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, timeout=timeout)
+    else:
+        dist.init_process_group("gloo", timeout=timeout)
+    long_timeout_group = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
 
 
 def pick_device(config):
@@ -487,8 +488,8 @@ def make_optimizer(model, lr_factors, config):
 
 
 def maybe_compile(model, config):
-    """(forward, normalize_weights) of the model, compiled if config says so and a compiler is
-    there. The model keeps its parameters' names."""
+    """(compiled_model, normalize_weights): the model and its method, compiled if config says so and
+    a compiler is there. The compiled model has the model's own parameters."""
     compiler = os.environ.get("CXX", "g++")
     header = Path(sysconfig.get_paths()["include"], "Python.h")
     possible = header.exists() and shutil.which(compiler) is not None
@@ -520,9 +521,10 @@ def matrix_rate(device, dtype):
 
 
 def schedule(step, config):
-    """What multiplies the learning rate in a step. The schedule falls from 1 at step 0 to
-    min_lr_ratio, which it would reach after the last step. Linear warm-up takes the place of its
-    first steps, and leaves the others as they are."""
+    """What multiplies the learning rate in a step. It falls from 1 at step 0 to min_lr_ratio, which
+    it would reach one step after the last. Linear warm-up only replaces the first steps of that
+    curve: unlike nanoGPT's, the decay is counted from step 0, so that warm-up leaves all later
+    rates as they are."""
     if step < config.warmup_steps:
         return (step + 1) / (config.warmup_steps + 1)
     done = step / config.steps
@@ -539,10 +541,9 @@ def schedule(step, config):
 # Evaluation and sample
 
 
-def evaluate(model, forward, tokens, micro, config, autocast):
+def evaluate(model, compiled_model, tokens, micro, config, autocast):
     """{"val_loss": nats a token, and the means of |α_A|, |α_M| and |s_z|}. Ranks share the work; one
-    may have none. A fork that measures inside the model calls `model` itself: `forward` is compiled
-    and runs no hooks."""
+    may have none. To measure inside the model call `model` itself: compiled_model runs no hooks."""
     device = model.embedding.device
     starts = validation_starts(len(tokens), config.seq_len, config.eval_tokens)
     total = torch.zeros((), dtype=torch.float64, device=device)
@@ -552,7 +553,7 @@ def evaluate(model, forward, tokens, micro, config, autocast):
         with autocast:
             if len(some) == micro:
                 # not under no_grad, for which torch.compile would compile a second graph
-                _, loss = forward(x, y)
+                _, loss = compiled_model(x, y)
             else:       # a last, smaller batch is not worth compiling
                 with torch.no_grad():
                     _, loss = model(x, y)
@@ -749,20 +750,17 @@ def train(config, build_model=build, after_step=None):
     if step == 0 and config.out_dir:    # so that --resume finds this run, however early it ends
         save(path, record, progress, model, optimizer)
 
-    forward, normalize_weights = maybe_compile(model, config)
-    train_forward = forward
-    if world_size > 1:      # gradients travel in large buckets: each bucket cuts the compiled graph
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)      # 2.13 renames broadcast_buffers
-            train_forward = DDP(forward, bucket_cap_mb=250, gradient_as_bucket_view=True,
-                                broadcast_buffers=False)
+    compiled_model, normalize_weights = maybe_compile(model, config)
+    trained_model = compiled_model
+    if world_size > 1:
+        trained_model = distribute(compiled_model)
         if step > 0:
             any_batch = sequences(train_tokens, [0] * micro, config.seq_len, device)
-            match_buckets(train_forward, optimizer, any_batch, autocast)
+            match_buckets(trained_model, optimizer, any_batch, autocast)
     if after_step:
         after_step(step, model)
 
-    status = "finished"     # for a finished run that is resumed: then no step is left
+    status = "finished"     # stays if a finished run is resumed, since no step is left
     bar = tqdm(total=config.steps, initial=step, disable=rank > 0 or quiet,
                mininterval=1 if sys.stderr.isatty() else 10)
     clock = time.perf_counter()         # at the last report
@@ -781,9 +779,9 @@ def train(config, build_model=build, after_step=None):
         for i in range(0, share, micro):
             x, y = sequences(train_tokens, mine[i:i + micro], config.seq_len, device)
             if world_size > 1:      # ranks exchange gradients once, with the last micro-batch
-                train_forward.require_backward_grad_sync = i + micro == share
+                trained_model.require_backward_grad_sync = i + micro == share
             with autocast:
-                _, micro_loss = train_forward(x, y)
+                _, micro_loss = trained_model(x, y)
                 micro_loss = micro_loss * (micro / share)
             micro_loss.backward()
             loss += micro_loss.detach() / world_size
@@ -824,7 +822,7 @@ def train(config, build_model=build, after_step=None):
         bar.set_postfix_str(f"loss {train_loss:.3f}, {row['tokens_per_second']:,} tokens/s, "
                             f"{utilization:.0%} of the matrix rate", refresh=False)
         if evaluating:
-            row.update(evaluate(model, forward, val_tokens, micro, config, autocast))
+            row.update(evaluate(model, compiled_model, val_tokens, micro, config, autocast))
             say(f"step {step}/{config.steps}: train_loss {train_loss:.4f}, "
                 f"val_loss {row['val_loss']:.4f}")
 
@@ -841,10 +839,10 @@ def train(config, build_model=build, after_step=None):
             status = "running"
         progress.update(row)
         if config.out_dir and rank == 0 and (logging or not finite):
-            # the status of a stopped run stays empty: after --resume the rows are those of a run that
-            # was never stopped
-            ended = status in ("diverged", "finished")
-            row["status"] = status if ended else ""
+            # A row of a stopped run has no status: after --resume the rows are those of a run that
+            # was never stopped.
+            if status in ("diverged", "finished"):
+                row["status"] = status
             progress["log_bytes"] = append_log(folder / "log.csv", row)
         if status == "diverged":
             progress["val_loss"] = math.nan
@@ -902,7 +900,7 @@ def load_weights(model, checkpoint, path, advice="has parametrize.py changed?"):
 
 
 def restore(path, config, model, optimizer, record):
-    """Loads weights and Adam's state of the checkpoint at path, and returns the progress of its run.
+    """The progress of the run whose checkpoint is at path. Loads its weights and Adam's state, too.
     Raises ValueError if it is not the run that config and record describe."""
     # A GPU copies from a file that is mapped to memory. On the CPU Adam's state would go on
     # pointing into the file, and its place on the disk would stay taken.
@@ -937,14 +935,23 @@ def describe(config, model, optimizer, meta, train_tokens, device, seconds_per_s
             say(sentence)
     if not config.base and not config.resume:
         say(f"note: no --base was given: η is taken as tuned at width {config.base_width}, "
-            f"{config.base_depth} blocks and {config.base_steps:,} steps; the default η is not")
+            f"{config.base_depth} blocks and {config.base_steps:,} steps; the default η was never "
+            "tuned there")
     if epochs > 4:
         say("more than 4 epochs teach little; new text: "
             f"`python prepare_data.py fineweb --tokens={tokens:.0e}`")
     say(f"a step takes at least {seconds_per_step:.3g} s here: its matrix products alone, at the "
-        "rate of a large product")
+        "rate of a large product, of which the bar shows the part that is reached")
     if device.type == "cpu" and seconds_per_step > 60:
         say("that is for a GPU; for a CPU there is `python train.py --base=results/laptop.json`")
+
+
+def distribute(model):
+    """The model as DDP wraps it: backward averages the gradients of all ranks."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)      # 2.13 renames broadcast_buffers
+        # gradients travel in large buckets: each bucket cuts the compiled graph
+        return DDP(model, bucket_cap_mb=250, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
 def match_buckets(ddp, optimizer, batch, autocast):
@@ -1043,7 +1050,7 @@ def load_config(given, config_class=Config):
     given = {name: value for name, value in given.items() if automatic.get(name) != value}
     config = replace(saved, **{"resume": False, "sample_only": False, **given})
     may_differ = {"seed"} if config.sample_only else set()
-    changed = [name for name in mathematics(config_class)
+    changed = [name for name in options_of_a_run(config_class)
                if getattr(config, name) != getattr(saved, name) and name not in may_differ]
     if changed and not goes_on_to_another_horizon(saved, config, changed, done):
         had = ", ".join(f"{name}={getattr(saved, name)}" for name in changed)
@@ -1052,8 +1059,9 @@ def load_config(given, config_class=Config):
 
 
 def goes_on_to_another_horizon(before, now, changed, done):
-    """Whether a run of schedule wsd, resumed before its decay, only ends earlier or later. It would
-    have had the same learning rates so far, if steps / base_steps stays: m_t multiplies them."""
+    """Whether the resumed run only ends earlier or later, with the learning rates it had so far. So
+    it is before the decay of schedule wsd, if steps / base_steps stays, since m_t multiplies the
+    rates; and for any schedule before the end of warm-up."""
     return (set(changed) <= {"steps", "base_steps"}
             and done < now.steps
             and now.steps * before.base_steps == before.steps * now.base_steps

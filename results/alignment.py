@@ -221,7 +221,7 @@ def validation_batch(config, device):
 def identity(config):
     """A name for the run that config describes: 12 hex characters of its options and its text."""
     _, _, meta = train.open_data(config)
-    options = {name: getattr(config, name) for name in train.mathematics(type(config))}
+    options = {name: getattr(config, name) for name in train.options_of_a_run(type(config))}
     text = repr(options) + fingerprint(meta)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 

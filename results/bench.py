@@ -47,12 +47,12 @@ def make_contestant(name, build, config, tokens, device, autocast):
     """The Contestant of a model. Raises ValueError for impossible sizes."""
     memory_before = torch.cuda.memory_allocated()       # 0 without a GPU
     model, optimizer = build(config, device)
-    forward, normalize_weights = train.maybe_compile(model, config)
+    compiled_model, normalize_weights = train.maybe_compile(model, config)
 
     def forward_backward():
         optimizer.zero_grad(set_to_none=True)
         with autocast:
-            _, loss = forward(tokens, tokens)
+            _, loss = compiled_model(tokens, tokens)
         loss.backward()
 
     def update():
@@ -66,7 +66,7 @@ def make_contestant(name, build, config, tokens, device, autocast):
         torch.cuda.reset_peak_memory_stats()
         memory = f"peak memory {peak / 2 ** 30:.2f} GiB"
     else:
-        compiled = forward is not model
+        compiled = compiled_model is not model
         kept = kept_for_backward(model, tokens, autocast, compiled)
         memory = f"{kept:.1f}·d bytes a token and block kept for backward"
     flops = model.flops_per_token() * tokens.numel()

@@ -238,7 +238,7 @@ class Table:
     def __init__(self, path, config_class):
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.columns = [*train.mathematics(config_class), "data", "data_fingerprint",
+        self.columns = [*train.options_of_a_run(config_class), "data", "data_fingerprint",
                         *train.OUTCOME]
         self.file = open(self.path, "ab", buffering=0)
         try:
@@ -632,7 +632,7 @@ def command(config, base):
         words.append(f"--parametrization={config.parametrization}")
     if config.data != train.Config.data:
         words.append(shlex.quote(f"--data={config.data}"))
-    for name in train.mathematics(type(config)):
+    for name in train.options_of_a_run(type(config)):
         if getattr(config, name) != getattr(default, name):
             words.append(shlex.quote(f"--{name}={getattr(config, name)}"))
     return " ".join(words)
@@ -648,7 +648,8 @@ def check_base_path(path):
 
 def save_base(path, config, meta, settings):
     """Write the config as a base file."""
-    names = [name for name in train.mathematics(type(config)) if name not in train.NOT_FROM_A_BASE]
+    names = [name for name in train.options_of_a_run(type(config))
+             if name not in train.NOT_FROM_A_BASE]
     numbers = {name: getattr(config, name) for name in names}
     about = f"{ABOUT} the best of {settings} settings on {config.data}."
     write_json(path, {"about": about, "config": numbers, "data": {"tokenizer": meta["tokenizer"]}})

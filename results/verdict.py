@@ -37,7 +37,7 @@ from show import COLUMNS
 # plain.Config is train.Config with the plain GPT's own option.
 DEFAULTS = plain.Config()
 OPTION_TYPES = {option.name: option.type for option in fields(plain.Config)}
-OPTIONS = train.mathematics(plain.Config)       # these make a run, with the data
+OPTIONS = train.options_of_a_run(plain.Config)       # these make a run, with the data
 
 AXES = ["width", "depth", "steps", "batch_size"]
 SIZES = [*AXES, *(f"base_{axis}" for axis in AXES)]
