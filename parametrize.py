@@ -9,8 +9,8 @@ Rows are quantities, columns are rules. "The paper" is arXiv:2604.27077 here.
     rate of a tensor = η · schedule(step) · lr_all · lr_<its class> · <its class>_lr_mult
 
 The last factor is an option of train.py: see "Constants" below. A rescaler is raw · init/scale, and
-raw starts at scale. Adam moves raw by about the rate: so the rescaler moves by about the fraction
-rate/scale of its init, and a smaller scale makes it faster.
+raw starts at scale. Adam moves raw by about the rate a step, and thereby the rescaler by about
+init · rate/scale: a smaller scale makes it faster.
 
 m_w = width / base_width, m_d = depth / base_depth, m_t = steps / base_steps,
 m_b = batch_size / base_batch_size, d = width, c = (base_width)^-1/2, α₀ = train.py's --alpha_init.
@@ -70,16 +70,18 @@ Why these powers. (The paper is arXiv:2604.27077.)
     d^-1/2, too: so the rate must fall as d^-1.
   Relative to the base: m_w^-1/2 without alignment (nugpt_none), m_w^-1 with full alignment
   (nugpt_full). arXiv:2407.05872. The paper measured between, and takes m_w^-3/4 (nugpt).
-  W_u and W_nu are as W_q. W_O and W_oMLP act on what is no unit vector. But Norm follows them, so
-  that again the fraction alone counts, by which their output changes. The powers are the same,
-  since the MLP's width, over which W_oMLP sums, grows as d.
+  W_u and W_nu are as W_q. The inputs of W_O and W_oMLP are no unit vectors. But Norm follows both
+  matrices, so that only the fraction counts by which their output changes. The powers are the
+  same, since the MLP's width, over which W_oMLP sums, grows as d.
   A row of the embedding is a hidden state: its entries are d^-1/2, and nothing is summed: m_w^-1/2.
   The logits E_out h are products of unit vectors and shrink as d^-1/2: s_z starts at m_w^1/2.
   mup assumes full alignment, too, though its power for E_out is -1/2. With full alignment a step
-  changes a logit by s_z · √d · rate. Relative to the base this is m_w^1/2 · m_w^1/2 · m_w^-1 = 1 in
-  nugpt_full, and 1 · m_w^1/2 · m_w^-1/2 = 1 in mup, whose s_z starts at 1. So mup's logits start
-  smaller in wide models, but learn as fast. In nugpt the change would be m_w^1/2 · m_w^1/2 ·
-  m_w^-3/4 = m_w^1/4, which is too much unless alignment is less than full.
+  changes a logit by s_z · √d · rate. Relative to the base this is
+    nugpt_full   m_w^1/2 · m_w^1/2 · m_w^-1    = 1
+    mup          1       · m_w^1/2 · m_w^-1/2  = 1, since its s_z starts at 1
+    nugpt        m_w^1/2 · m_w^1/2 · m_w^-3/4  = m_w^1/4
+  So mup's logits start smaller in wide models, but learn as fast. nugpt's change is too much unless
+  alignment is less than full.
   A block moves h by a step of size α on the sphere. If the blocks' steps agree, they add up as
   their number: α₀·m_d^-1 keeps the sum. What the matrices learn acts through the same steps, so
   their rates need no factor of depth. mup and nugpt have this rule in common.
@@ -87,8 +89,8 @@ Why these powers. (The paper is arXiv:2604.27077.)
   α₀·m_d^-1/2. What is learned agrees all the same and would add up to m_d · m_d^-1/2 = m_d^1/2; the
   factor m_d^-1/2 of lr_hidden takes that back. So this count finds both rules equally good, and
   only experiments tell. In those of the paper depth_mup's best η drifts to the right (section 4.5).
-  A rescaler moves by rate / scale of its init a step. With nGPT's d^-1/2 it moves the faster, the
-  wider the model is, though the rate is the same; with c it moves as fast as in the base.
+  A rescaler moves by about init · rate/scale a step. With nGPT's scale d^-1/2 it moves the faster,
+  the wider the model is, though the rate is the same; with c it moves as fast as in the base.
 Where the cells come from.
   ngpt      arXiv:2410.01131: no rule for rates; scales that follow the width. nGPT as published has
             each …_lr_mult at 1.

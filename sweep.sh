@@ -18,7 +18,7 @@ from width on estimated from the runs' own clocks.
 Options of results/sweep.py and of train.py follow the name, and win over those in this file:
   ./sweep.sh width --base=out/books.json --data=data/books --seed=0 --results=out/books_width.csv
 --dry prints the runs; data/stdlib is made if it is missing. A repeated command continues.
-In values, 2x is twice the base's.
+In values, 2x is twice the base's; sizes are rounded to whole numbers.
 end
 }
 
@@ -52,9 +52,9 @@ ngpt_grid=--learning_rate=2^-3x:1x:2^.5
 seeds=--seed=0,1,2
 control=ngpt
 
-# No ngpt at 1x: at the base size all columns are one model, and results/verdict.py takes nugpt's
-# runs for all of them. Over steps and over batch, columns that differ in lr_all alone are the same
-# runs, each at another η: so one column is enough there.
+# No ngpt where all sizes are the base's: there all columns are one model, and results/verdict.py
+# takes nugpt's runs for all of them. Over steps and over batch, columns that differ in lr_all alone
+# are the same runs, each at another η: so one column is enough there.
 case $name in
     base)
         sweep $seeds --random=40 --finalists=5 --write_base="${results%.csv}.json" \
@@ -80,7 +80,7 @@ case $name in
     steps)
         sweep $seeds --parametrization=nugpt --steps=1x,2x,4x,8x,16x $grid
         ;;
-    joint)      # width × s, depth × s, steps × s³, from half the base's depth
+    joint)      # width × s, depth × s, steps × s³, s = 1, 3/2, 2, from half the base's depth and steps
         sweep $seeds \
             + --parametrization=nugpt --width=1x --depth=1/2x --steps=1/2x $grid \
             + --parametrization=nugpt --width=3/2x --depth=3/4x --steps=27/16x $grid \

@@ -238,7 +238,7 @@ def log(out_dir):
         return []
     rows = read_csv(out_dir / "log.csv")
     for row in rows:
-        del row["seconds"], row["tokens_per_second"]
+        del row["train_seconds"], row["tokens_per_second"]
     return rows
 
 
@@ -1269,6 +1269,7 @@ REFUSALS = {        # option: what the sentence says
     "--widht=64": "unrecognized", "8": "unrecognized", "--width=wide": "of type int",
     "--width=1.5": "of type int", "--compile=maybe": "of type bool", "--learning_rate=fast": "of type float",
     "--learning_rate=0.1,0.2": "of type float", "--beta2=1": "beta", "--learning_rate=nan": "more than 0",
+    "--learning_rate=0^-1": "of type float",
     "--width=60": "multiple of head_dim=8", "--head_dim=1": "head_dim", "--steps=0": "more than 0",
     "--base_width=0": "at least 1", "--seed=-1": "at least 0", "--eps=-1": "epsilon",
     "--batch_size=0": "more than 0", "--micro_batch_size=-1": "at least 0", "--weight_decay=-1": "weight_decay",
@@ -1477,6 +1478,20 @@ def test_an_option_of_the_model_is_a_line_of_each_config_and_its_use(data, tmp_p
     command = options(data, tmp_path / "wrong", init_from=old)
     assert outcome(start(*command, "--window=8", folder=folder)) == 1
     assert "has a model with window=0" in capfd.readouterr().err
+
+
+def test_resume_without_a_checkpoint_says_that_a_new_run_begins(data, tmp_path, capsys):
+    assert run(*options(data, tmp_path), "--resume") == 0
+    said = capsys.readouterr().out
+    assert f"{tmp_path}/ckpt.pt is not there: a new run begins" in said
+    assert "note: no --base was given" in said
+
+
+def test_a_run_that_was_moved_to_the_default_folder_goes_on_there(data, tmp_path, monkeypatch):
+    assert run(*options(data, tmp_path / "before")) == 0
+    monkeypatch.chdir(tmp_path)
+    Path("before").rename(train.Config.out_dir)
+    assert train.load_config({"resume": True}).out_dir == train.Config.out_dir
 
 
 def test_the_log_of_a_run_without_its_checkpoint_is_kept(data, tmp_path):

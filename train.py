@@ -9,8 +9,8 @@ Train a normalized Transformer: in one process, on one node or on several.
 
 The fields of Config below are the options. This file reads from top to bottom: configuration, base,
 data, model and optimizer, schedule, evaluation, files of a run, the run itself, command line.
-The method is in apply_table and, in train's loop, in the learning rate and normalize_weights; all
-else trains any model.
+The method is in apply_table and, in train's loop, in the learning rate of each group and in
+normalize_weights; the rest trains a model as other trainers do.
 
 Exit codes: 0 finished, 1 bad input or no memory, said in one sentence, 3 diverged, 4 stopped by a
 signal (--resume continues), 130 or 143 ended by a second one.
@@ -137,8 +137,8 @@ class Config:
 
 
 # These change nothing that a run computes, but for rounding. Another value of any other field makes
-# another run. The folder of the data may move, but a run goes on with the same tokens only: see
-# restore.
+# another run, but for steps with base_steps: see goes_on_to_another_horizon. The folder of the data
+# may move, but a run goes on with the same tokens only: see restore.
 MAY_CHANGE_ON_RESUME = {
     "base", "micro_batch_size", "data", "out_dir", "resume", "sample_only", "prompt",
     "sample_tokens", "temperature", "top_k", "log_every", "eval_every", "checkpoint_every",
@@ -148,9 +148,9 @@ MAY_CHANGE_ON_RESUME = {
 NOT_FROM_A_BASE = MAY_CHANGE_ON_RESUME | {"seed", "vocab_size", "dtype", "init_from"}
 
 LOGGED_RESCALERS = ["alpha_A", "alpha_M", "s_z"]        # means of |α_A|, |α_M| and |s_z|
-# seconds: of training, without evaluations and checkpoints
-LOG = ["step", "tokens", "learning_rate", "train_loss", "val_loss", "seconds", "tokens_per_second",
-       *LOGGED_RESCALERS, "status"]
+# train_seconds: without evaluations and checkpoints
+LOG = ["step", "tokens", "learning_rate", "train_loss", "val_loss", "train_seconds",
+       "tokens_per_second", *LOGGED_RESCALERS, "status"]
 # What results/sweep.py writes of a run. seconds: of all that `train` does, but for the sample
 OUTCOME = ["step", "val_loss", "bits_per_byte", "train_loss", "tokens", "parameters", "status",
            "seconds", *LOGGED_RESCALERS]
@@ -389,7 +389,7 @@ def open_device(config):
         start_process_group(device)
     config.dtype = pick_dtype(config, device)
     if not on_gpu:
-        tune_cpu(config)
+        set_cpu_options(config)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
     return device, autocast
 
@@ -430,7 +430,7 @@ def pick_vocab_size(config, meta):
     return max(config.vocab_size, 64 * math.ceil(meta["vocab_size"] / 64))
 
 
-def tune_cpu(config):
+def set_cpu_options(config):
     """Set what makes training on a CPU faster."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
@@ -521,10 +521,10 @@ def matrix_rate(device, dtype):
 
 
 def schedule(step, config):
-    """What multiplies the learning rate in a step. It falls from 1 at step 0 to min_lr_ratio, which
-    it would reach one step after the last. Linear warm-up only replaces the first steps of that
-    curve: unlike nanoGPT's, the decay is counted from step 0, so that warm-up leaves all later
-    rates as they are."""
+    """What multiplies the learning rate in a step. It starts at 1, and would reach min_lr_ratio one
+    step after the last; wsd falls only in the last decay_fraction of the steps. Linear warm-up
+    replaces the first steps of that curve and leaves the others as they are: unlike nanoGPT's, the
+    decay is counted from step 0."""
     if step < config.warmup_steps:
         return (step + 1) / (config.warmup_steps + 1)
     done = step / config.steps
@@ -638,10 +638,10 @@ def append_log(path, row):
         return file.tell()
 
 
-def save(path, record, progress, model, optimizer):
+def save(path, metadata, progress, model, optimizer):
     """Rank 0 writes a checkpoint to path, whole or not at all, while the others wait. All raise
     OSError if it fails."""
-    content = {**record, "progress": progress, "model": model.state_dict(),
+    content = {**metadata, "progress": progress, "model": model.state_dict(),
                "optimizer": optimizer.state_dict()}
     trouble = None
     if rank == 0:
@@ -673,7 +673,7 @@ def load(path, mmap=False):
         raise ValueError(f"{path} is damaged, or of another version ({reason})") from None
 
 
-def commit():
+def git_commit():
     """The commit of this checkout, "" outside of git or inside another project's repository."""
     here = Path(__file__).resolve().parent
     with suppress(OSError):
@@ -710,8 +710,8 @@ def train(config, build_model=build, after_step=None):
 
     # model and optimizer
     model, optimizer = build_model(config, device)
-    record = {"config": asdict(config), "model_config": asdict(model.config), "data": meta,
-              "commit": commit(), "torch": str(torch.__version__),
+    metadata = {"config": asdict(config), "model_config": asdict(model.config), "data": meta,
+              "commit": git_commit(), "torch": str(torch.__version__),
               "cudnn": torch.backends.cudnn.version()}
 
     # a new run, or one that goes on
@@ -720,11 +720,14 @@ def train(config, build_model=build, after_step=None):
     has_checkpoint = bool(config.out_dir) and path.exists()
     require(config.resume or not has_checkpoint, f"{folder} already holds a run; continue it with "
                                                  "--resume, or choose another --out_dir")
-    progress = {"step": 0, "seconds": 0.0, "log_bytes": 0}
+    progress = {"step": 0, "train_seconds": 0.0, "log_bytes": 0}
     if has_checkpoint:
-        progress = restore(path, config, model, optimizer, record)
-    elif config.init_from:
-        start_from(config.init_from, model)
+        progress = restore(path, config, model, optimizer, metadata)
+    else:
+        if config.resume:
+            say(f"{path} is not there: a new run begins")
+        if config.init_from:
+            start_from(config.init_from, model)
     step = progress["step"]
 
     # what is about to happen, in a few lines
@@ -733,7 +736,7 @@ def train(config, build_model=build, after_step=None):
     tokens_per_step = config.batch_size * config.seq_len
     flops_per_step = model.flops_per_token() * tokens_per_step
     flops_per_second = matrix_rate(device, config.dtype) * world_size
-    describe(config, model, optimizer, meta, train_tokens, device,
+    describe(config, has_checkpoint, model, optimizer, meta, train_tokens, device,
              seconds_per_step=flops_per_step / flops_per_second)
 
     # files
@@ -746,9 +749,9 @@ def train(config, build_model=build, after_step=None):
                                                         "ckpt.pt is gone; choose another --out_dir")
         if log_file.tell() > progress["log_bytes"]:
             log_file.truncate(progress["log_bytes"])    # rows after the checkpoint come again
-        write_json(folder / "config.json", record)
+        write_json(folder / "config.json", metadata)
     if step == 0 and config.out_dir:    # so that --resume finds this run, however early it ends
-        save(path, record, progress, model, optimizer)
+        save(path, metadata, progress, model, optimizer)
 
     compiled_model, normalize_weights = maybe_compile(model, config)
     trained_model = compiled_model
@@ -816,7 +819,7 @@ def train(config, build_model=build, after_step=None):
         steps_per_second = (step - clock_step) / seconds
         row = {"step": step, "tokens": step * tokens_per_step,
                "learning_rate": float(f"{learning_rate:.6g}"), "train_loss": train_loss,
-               "seconds": round(progress["seconds"] + seconds, 3),
+               "train_seconds": round(progress["train_seconds"] + seconds, 3),
                "tokens_per_second": round(steps_per_second * tokens_per_step)}
         utilization = steps_per_second * flops_per_step / flops_per_second
         bar.set_postfix_str(f"loss {train_loss:.3f}, {row['tokens_per_second']:,} tokens/s, "
@@ -848,7 +851,7 @@ def train(config, build_model=build, after_step=None):
             progress["val_loss"] = math.nan
             break
         if saving and config.out_dir:
-            save(path, record, progress, model, optimizer)
+            save(path, metadata, progress, model, optimizer)
         if status == "stopped":
             break
         clock = time.perf_counter()     # neither evaluation nor checkpoints count as training time
@@ -899,13 +902,13 @@ def load_weights(model, checkpoint, path, advice="has parametrize.py changed?"):
         raise ValueError(unlike) from None
 
 
-def restore(path, config, model, optimizer, record):
+def restore(path, config, model, optimizer, metadata):
     """The progress of the run whose checkpoint is at path. Loads its weights and Adam's state, too.
-    Raises ValueError if it is not the run that config and record describe."""
+    Raises ValueError if it is not the run that config and metadata describe."""
     # A GPU copies from a file that is mapped to memory. On the CPU Adam's state would go on
     # pointing into the file, and its place on the disk would stay taken.
     checkpoint = load(path, mmap=model.embedding.is_cuda)
-    require(fingerprint(checkpoint["data"]) == fingerprint(record["data"]),
+    require(fingerprint(checkpoint["data"]) == fingerprint(metadata["data"]),
             f"{path} was trained with another data than {config.data}; --init_from={path.parent} "
             "starts a new run from its weights")
     factors = [group["lr_factor"] for group in optimizer.param_groups]
@@ -917,7 +920,7 @@ def restore(path, config, model, optimizer, record):
     return checkpoint["progress"]
 
 
-def describe(config, model, optimizer, meta, train_tokens, device, seconds_per_step):
+def describe(config, resumes, model, optimizer, meta, train_tokens, device, seconds_per_step):
     """Say what is about to be trained, at which rates, and how long a step will take."""
     tokens = config.steps * config.batch_size * config.seq_len
     epochs = tokens / len(train_tokens)
@@ -929,19 +932,19 @@ def describe(config, model, optimizer, meta, train_tokens, device, seconds_per_s
     say(f"m_w={config.width / config.base_width:g} m_d={config.depth / config.base_depth:g} "
         f"m_t={config.steps / config.base_steps:g}; η={config.learning_rate:g} becomes "
         f"{', '.join(rates)}")
-    if config.base and not config.resume:
+    if config.base and not resumes:
         sentence = not_carried(config, meta)
         if sentence:
             say(sentence)
-    if not config.base and not config.resume:
+    if not config.base and not resumes:
         say(f"note: no --base was given: η is taken as tuned at width {config.base_width}, "
             f"{config.base_depth} blocks and {config.base_steps:,} steps; the default η was never "
             "tuned there")
     if epochs > 4:
         say("more than 4 epochs teach little; new text: "
             f"`python prepare_data.py fineweb --tokens={tokens:.0e}`")
-    say(f"a step takes at least {seconds_per_step:.3g} s here: its matrix products alone, at the "
-        "rate of a large product, of which the bar shows the part that is reached")
+    say(f"a step takes at least {seconds_per_step:.3g} s here, its matrix products alone at the rate "
+        "of a large one; the bar shows the percentage of that rate that is reached")
     if device.type == "cpu" and seconds_per_step > 60:
         say("that is for a GPU; for a CPU there is `python train.py --base=results/laptop.json`")
 
@@ -999,7 +1002,7 @@ def parse_value(name, text, config_class=Config):
     kind = {f.name: f.type for f in fields(config_class)}[name]
     try:
         value = PARSERS[kind](text)
-    except (ValueError, KeyError, OverflowError):
+    except (ValueError, KeyError, ArithmeticError):
         raise ValueError(f"--{name} must be of type {kind.__name__}, not {text!r}") from None
     if name in PATHS and value:
         value = os.path.normpath(os.path.expanduser(value))
@@ -1048,7 +1051,8 @@ def load_config(given, config_class=Config):
     # "auto" and 0, if given, stand for what the run has
     automatic = {"dtype": "auto", "vocab_size": 0}
     given = {name: value for name, value in given.items() if automatic.get(name) != value}
-    config = replace(saved, **{"resume": False, "sample_only": False, **given})
+    of_this_command = {"out_dir": config.out_dir, "resume": False, "sample_only": False}
+    config = replace(saved, **{**of_this_command, **given})
     may_differ = {"seed"} if config.sample_only else set()
     changed = [name for name in options_of_a_run(config_class)
                if getattr(config, name) != getattr(saved, name) and name not in may_differ]

@@ -9,7 +9,7 @@ run, except those that the table has already: a repeated command continues.
 
     a,b,c              these values; powers may be written 2^-7
     from:to:factor     from, from · factor, … up to to
-    1x,2x,1/4x         multiples of the base's value
+    1x,2x,1/4x         multiples of the base's value, rounded where that is whole
     low..high          with --random=N: N settings fill all such ranges evenly, on a log scale
                        unless low is 0
     A + B + C ++ D     two groups of runs, with the options A B D and A C D; later ones win
@@ -76,14 +76,15 @@ class Range:
 
 
 def parse_number(text, base_value):
-    """The number of a text: 0.01, 1e-3, 2^-7, or a multiple of the base's, as 2x or 1/4x. Raises
-    ValueError."""
+    """The number of a text: 0.01, 1e-3, 2^-7, or a multiple of the base's, as 2x or 1/4x, which is
+    rounded where the base's value is whole. Raises ValueError."""
     if not text.endswith("x"):
         return train.number(text)
     factor = text[:-1]
-    if "/" in factor:
-        return base_value * float(Fraction(factor))
-    return base_value * train.number(factor)
+    number = float(Fraction(factor)) if "/" in factor else train.number(factor)
+    if isinstance(base_value, int):
+        return round(base_value * number)
+    return base_value * number
 
 
 def tidy(kind, number):

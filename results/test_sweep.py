@@ -99,6 +99,7 @@ def settings(runs, *names):
 VALUES = {      # option: its values, on a base of width 48, 400 steps and η = 2^-5.5
     "--width=24,48": [24, 48],
     "--width=1x,3/2x,4x": [48, 72, 192],
+    "--depth=1/3x,3/2x": [1, 6],
     "--steps=1x:16x:4": [400, 1600, 6400],
     "--learning_rate=0.001,0.01": [0.001, 0.01],
     "--learning_rate=2^-7,1e-2": [2 ** -7, 0.01],
@@ -122,7 +123,7 @@ def test_values_are_what_people_write(option, data):
 
 REFUSALS = {        # option: what the sentence says
     "--widht=3": "unrecognized", "--width=": "not understood", "--width=a": "not understood",
-    "--width=1.5": "not understood", "--width=1/5x": "not understood", "--learning_rate=2^": "not understood",
+    "--width=1.5": "not understood", "--width=1/5x": "head_dim=24, not 10", "--learning_rate=2^": "not understood",
     "--learning_rate=0.1:0.01:2": "not understood", "--learning_rate=1:2:1": "not understood",
     "--learning_rate=0,01,x": "not understood", "--learning_rate=2^-8..2^-4": "needs --random=N",
     "--width=50": "width must be a positive multiple of head_dim=24, not 50", "--schedule=step": "impossible run",
