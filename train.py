@@ -542,7 +542,7 @@ def schedule(step, config):
 
 
 def evaluate(model, compiled_model, tokens, micro, config, autocast):
-    """{"val_loss": nats a token, and the means of |α_A|, |α_M| and |s_z|}. Ranks share the work; one
+    """{"val_loss": nats a token, and means of |α_A|, |α_M| and |s_z|}. Ranks share the work; one
     may have none. To measure inside the model call `model` itself: compiled_model runs no hooks."""
     device = model.embedding.device
     starts = validation_starts(len(tokens), config.seq_len, config.eval_tokens)
@@ -711,8 +711,8 @@ def train(config, build_model=build, after_step=None):
     # model and optimizer
     model, optimizer = build_model(config, device)
     metadata = {"config": asdict(config), "model_config": asdict(model.config), "data": meta,
-              "commit": git_commit(), "torch": str(torch.__version__),
-              "cudnn": torch.backends.cudnn.version()}
+                "commit": git_commit(), "torch": str(torch.__version__),
+                "cudnn": torch.backends.cudnn.version()}
 
     # a new run, or one that goes on
     folder = Path(config.out_dir)
@@ -943,8 +943,8 @@ def describe(config, resumes, model, optimizer, meta, train_tokens, device, seco
     if epochs > 4:
         say("more than 4 epochs teach little; new text: "
             f"`python prepare_data.py fineweb --tokens={tokens:.0e}`")
-    say(f"a step takes at least {seconds_per_step:.3g} s here, its matrix products alone at the rate "
-        "of a large one; the bar shows the percentage of that rate that is reached")
+    say(f"a step takes at least {seconds_per_step:.3g} s: its matrix products alone, at the rate of a "
+        "large one; the bar shows the percentage of that rate that is reached")
     if device.type == "cpu" and seconds_per_step > 60:
         say("that is for a GPU; for a CPU there is `python train.py --base=results/laptop.json`")
 
