@@ -943,8 +943,8 @@ def describe(config, resumes, model, optimizer, meta, train_tokens, device, seco
     if epochs > 4:
         say("more than 4 epochs teach little; new text: "
             f"`python prepare_data.py fineweb --tokens={tokens:.0e}`")
-    say(f"a step takes at least {seconds_per_step:.3g} s: its matrix products alone, at the rate of a "
-        "large one; the bar shows the percentage of that rate that is reached")
+    say(f"a step takes at least {seconds_per_step:.3g} s: its matrix products alone, at the rate of "
+        "a large one; the bar shows the percentage of that rate that is reached")
     if device.type == "cpu" and seconds_per_step > 60:
         say("that is for a GPU; for a CPU there is `python train.py --base=results/laptop.json`")
 
