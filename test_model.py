@@ -749,7 +749,7 @@ def test_rates_and_time_are_said_before_the_first_step(data, capsys):
     assert run(*options(data, "")) == 0
     said = capsys.readouterr().out
     assert "m_w=2 m_d=2 m_t=2; η=0.0028 becomes embedding 0.00157, " in said
-    assert re.search(r"a step takes at least [\d.e-]+ s here", said)
+    assert re.search(r"a step takes at least [\d.e-]+ s: its", said)
 
 
 def test_a_model_too_large_for_the_cpu_is_told_the_command_for_a_small_one(data, capsys, monkeypatch):
@@ -1324,8 +1324,9 @@ def test_a_terminal_that_lacks_letters_does_not_end_a_run(data):
 def test_a_closed_pipe_does_not_end_a_run(data, tmp_path):
     reader, writer = os.pipe()
     os.close(reader)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     done = subprocess.run([sys.executable, HERE / "train.py", *options(data, tmp_path)], stdout=writer,
-                          stderr=subprocess.PIPE, text=True)
+                          stderr=subprocess.PIPE, text=True, env=buffered)
     os.close(writer)
     assert done.returncode == 0, done.stderr
     assert log(tmp_path)[-1]["status"] == "finished"

@@ -175,6 +175,7 @@ def say(text):
         return
     try:
         tqdm.write(text)
+        sys.stdout.flush()
     except BrokenPipeError:         # nobody reads any more, as after `| head`: train on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
