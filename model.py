@@ -88,7 +88,8 @@ class Rescaler(nn.Module):
     """A trainable tensor that multiplies activations. Its value is raw · init/scale, and raw starts
     at scale: so `init` is where the value starts. Adam moves raw by about its learning rate a step,
     whatever the gradient, and thereby the value by about init · rate/scale: a smaller scale makes
-    it faster. With init 0.05, scale 1/32 and rate 0.001 that is 3 % of 0.05 a step. nGPT, section 2.5."""
+    it faster. With init 0.05, scale 1/32 and rate 0.001 that is 3 % of 0.05 a step.
+    nGPT, section 2.5."""
 
     def __init__(self, *shape, init, scale):
         super().__init__()

@@ -137,8 +137,8 @@ class Config:
 
 
 # These change nothing that a run computes, but for rounding. Another value of any other field makes
-# another run, but for steps with base_steps: see goes_on_to_another_horizon. The folder of the data
-# may move, but a run goes on with the same tokens only: see restore.
+# another run; steps with base_steps are the exception, see goes_on_to_another_horizon. The folder of
+# the data may move, but a run goes on with the same tokens only: see restore.
 MAY_CHANGE_ON_RESUME = {
     "base", "micro_batch_size", "data", "out_dir", "resume", "sample_only", "prompt",
     "sample_tokens", "temperature", "top_k", "log_every", "eval_every", "checkpoint_every",
