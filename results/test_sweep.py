@@ -2,6 +2,7 @@
 import csv
 import fcntl
 import json
+import math
 import multiprocessing
 import os
 import shlex
@@ -236,10 +237,18 @@ def test_a_repeated_command_runs_what_is_lacking_and_no_more(data, tmp_path, cap
     assert table.read_bytes() == before
 
 
-def test_a_diverged_run_is_a_row(data, tmp_path):
-    assert tiny(data, tmp_path / "a.csv", "--learning_rate=1e9,0.01", "--steps=9") == 0
-    statuses = dict(zip(column(tmp_path / "a.csv", "learning_rate"), column(tmp_path / "a.csv", "status")))
-    assert statuses == {"1000000000.0": "diverged", "0.01": "finished"}
+def begins_with_nan_for_seed_1(config, device, build=train.build):
+    model, optimizer = build(config, device)
+    if config.seed == 1:
+        model.embedding.data.fill_(math.nan)
+    return model, optimizer
+
+
+def test_a_diverged_run_is_a_row(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "build", begins_with_nan_for_seed_1)
+    assert tiny(data, tmp_path / "a.csv", "--seed=0,1") == 0
+    statuses = dict(zip(column(tmp_path / "a.csv", "seed"), column(tmp_path / "a.csv", "status")))
+    assert statuses == {"0": "finished", "1": "diverged"}
 
 
 def fails_for_seed_1(config, device, build=train.build):
