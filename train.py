@@ -7,36 +7,34 @@ Train a normalized Transformer: in one process, on one node or on several.
     python train.py --out_dir=out/wide --resume                  continue a run, with its options
     python train.py --out_dir=out/wide --sample_only             print text from it
 
-The fields of Config below are the options. This file reads from top to bottom: configuration, base,
+From Python, as in a notebook:
+
+    config = train.load_config({"base": "results/laptop.json", "width": 96, "out_dir": ""})
+    outcome = train.train(config)       # {"val_loss": …, "status": "finished", …}
+
+The fields of Config are the options. This file reads from top to bottom: configuration, base,
 data, model and optimizer, schedule, evaluation, files of a run, the run itself, command line.
 The method is in apply_table and, in train's loop, in the learning rate of each group and in
 normalize_weights; the rest trains a model as other trainers do.
 
 Exit codes: 0 finished, 1 bad input or no memory, said in one sentence, 3 diverged, 4 stopped by a
-signal (--resume continues), 130 or 143 ended by a second one.
+signal (--resume continues), 130 ended by Ctrl-C.
 """
 import argparse
-import csv
-import ctypes
 import fcntl
 import functools
 import json
 import math
+import operator
 import os
 import shutil
 import signal
-import subprocess
 import sys
-import sysconfig
 import threading
 import time
 import warnings
-from contextlib import suppress
-from dataclasses import asdict
-from dataclasses import dataclass
-from dataclasses import field
-from dataclasses import fields
-from dataclasses import replace
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -46,25 +44,28 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
-from model import GPT
-from model import GPTConfig
-from parametrize import COLUMNS
-from parametrize import param_groups
-from parametrize import parametrize
-from prepare_data import fingerprint
-from prepare_data import get_tokenizer
-from prepare_data import prepare_stdlib
-from prepare_data import read_folder
-from prepare_data import sync
-from prepare_data import write_aside
-from prepare_data import write_json
+from model import GPT, GPTConfig
+from parametrize import COLUMNS, TENSOR_CLASSES, param_groups, parametrize
+from prepare_data import (fingerprint, get_tokenizer, prepare_stdlib, read_folder, sync,
+                          write_aside, write_json)
 
 # ------------------------------------------------------------------------------------------------
 # Configuration
 
+# The height of each schedule, from 1 to 0, when a part `done` of the steps is done: see schedule.
+SCHEDULES = {
+    "cosine": lambda done, config: 0.5 * (1 + math.cos(math.pi * done)),
+    "linear": lambda done, config: 1 - done,
+    "wsd": lambda done, config: min(1, (1 - done) / config.decay_fraction),
+}
 
-def option(default, help):
-    return field(default=default, metadata={"help": help})
+
+LIMITS = {"above": operator.gt, "at_least": operator.ge, "at_most": operator.le}
+
+
+def option(default, help, **limits):
+    """A field of Config. limits: those of LIMITS, or choices. See check."""
+    return field(default=default, metadata={"help": help, **limits})
 
 
 @dataclass
@@ -75,9 +76,9 @@ class Config:
     width: int = option(1024, "d_model, a multiple of head_dim")
     depth: int = option(10, "number of blocks")
     head_dim: int = option(64, "size of an attention head; η does not carry over to another")
-    seq_len: int = option(1024, "tokens a sequence")
+    seq_len: int = option(1024, "tokens a sequence", at_least=1)
     vocab_size: int = option(0, "0: the data's vocabulary, rounded up to a multiple of 64; or a "
-                                "larger one")
+                                "larger one", at_least=0)
 
     # how η changes with the model: see parametrize.py
     base: str = option("", "a base file, a run's folder or its config.json: the small model on "
@@ -88,27 +89,34 @@ class Config:
     base_steps: int = option(10_000, "see base_width")
     base_batch_size: int = option(64, "see base_width; only columns with m_b use it")
     alpha_init: float = option(0.05, "α₀: where α_A and α_M, the eigen learning rates, start at "
-                                     "the base")
-    embedding_lr_mult: float = option(1.0, "multiplies the embedding's rate; tuned at the base")
-    hidden_lr_mult: float = option(1.0, "multiplies the rate of the blocks' matrices")
-    unembedding_lr_mult: float = option(0.5, "multiplies the unembedding's rate; tuned at the base")
-    rescalers_lr_mult: float = option(1.0, "multiplies the rate of the rescalers")
+                                     "the base", above=0)
+    embedding_lr_mult: float = option(1.0, "multiplies the embedding's rate; tuned at the base",
+                                      at_least=0)
+    hidden_lr_mult: float = option(1.0, "multiplies the rate of the blocks' matrices", at_least=0)
+    unembedding_lr_mult: float = option(0.5, "multiplies the unembedding's rate; tuned at the base",
+                                        at_least=0)
+    rescalers_lr_mult: float = option(1.0, "multiplies the rate of the rescalers", at_least=0)
 
     # optimization: Adam. A normalized Transformer needs no warm-up and no weight decay
-    learning_rate: float = option(0.0028, "η, the peak learning rate at the base")
-    steps: int = option(10_000, "optimizer steps")
-    batch_size: int = option(64, "sequences a step, over all processes and micro-batches")
-    micro_batch_size: int = option(16, "sequences a forward pass, at most; 0: all at once")
-    schedule: str = option("cosine", "cosine, linear, or wsd: constant, then linear")
-    decay_fraction: float = option(0.2, "the part of the steps in which wsd decays")
-    min_lr_ratio: float = option(0.1, "where the schedule ends, as a fraction of the peak")
-    warmup_steps: int = option(0, "steps of linear warm-up")
-    weight_decay: float = option(0.0, "of the matrices, as AdamW has it")
+    learning_rate: float = option(0.0028, "η, the peak learning rate at the base", above=0)
+    steps: int = option(10_000, "optimizer steps", at_least=1)
+    batch_size: int = option(64, "sequences a step, over all processes and micro-batches",
+                             at_least=1)
+    micro_batch_size: int = option(16, "sequences a forward pass, at most; 0: all at once",
+                                   at_least=0)
+    schedule: str = option("cosine", "cosine, linear, or wsd: constant, then linear",
+                           choices=SCHEDULES)
+    decay_fraction: float = option(0.2, "the part of the steps in which wsd decays",
+                                   above=0, at_most=1)
+    min_lr_ratio: float = option(0.1, "where the schedule ends, as a fraction of the peak",
+                                 at_least=0)
+    warmup_steps: int = option(0, "steps of linear warm-up; fewer than steps", at_least=0)
+    weight_decay: float = option(0.0, "of the matrices, as AdamW has it", at_least=0)
     beta1: float = option(0.9, "Adam's decay of the first moment")
     beta2: float = option(0.95, "Adam's decay of the second moment")
     # 1e-8, the usual ε, is not small beside the gradients of wide unit-norm models
     eps: float = option(1e-16, "Adam's ε")
-    seed: int = option(0, "of initial weights, order of the data, and sample")
+    seed: int = option(0, "of initial weights, order of the data, and sample", at_least=0)
     init_from: str = option("", "a run's folder, whose weights are the initial ones")
 
     # data and output
@@ -118,32 +126,38 @@ class Config:
     resume: bool = option(False, "continue from out_dir/ckpt.pt, if there is one")
     sample_only: bool = option(False, "print a sample of the model in out_dir, and stop")
     prompt: str = option("", "what the sample begins with")
-    sample_tokens: int = option(256, "length of the sample in tokens; 0: none")
-    temperature: float = option(1.0, "of the sample; 0: always the likeliest token")
-    top_k: int = option(50, "the sample's tokens come from the k likeliest; 0: from all")
+    sample_tokens: int = option(256, "length of the sample in tokens; 0: none", at_least=0)
+    temperature: float = option(1.0, "of the sample; 0: always the likeliest token", at_least=0)
+    top_k: int = option(50, "the sample's tokens come from the k likeliest; 0: from all",
+                        at_least=0)
 
     # reports
-    log_every: int = option(10, "steps between rows of log.csv")
-    eval_every: int = option(500, "steps between evaluations; the last step has one, too")
+    log_every: int = option(10, "steps between rows of log.csv", at_least=1)
+    eval_every: int = option(500, "steps between evaluations; the last step has one, too",
+                             at_least=1)
     eval_tokens: int = option(2 ** 18, "evaluate on about this many tokens, always the same, "
-                                       "spread over the validation text")
-    checkpoint_every: int = option(1000, "steps between checkpoints; the last step has one, too")
+                                       "spread over the validation text", at_least=1)
+    checkpoint_every: int = option(1000, "steps between checkpoints; the last step has one, too",
+                                   at_least=1)
 
     # machine
-    device: str = option("auto", "cuda, cpu, or auto: cuda where there is one")
+    device: str = option("auto", "cuda, cpu, or auto: cuda where there is one",
+                         choices=("auto", "cuda", "cpu"))
     dtype: str = option("auto", "of matrix products: float32, bfloat16, or auto: bfloat16 where "
-                                "the device has it")
+                                "the device has it", choices=("auto", "float32", "bfloat16"))
     compile: bool = option(True, "use torch.compile")
 
 
 # These change nothing that a run computes, but for rounding. Another value of any other field makes
-# another run; steps with base_steps are the exception, see goes_on_to_another_horizon. The folder of
-# the data may move, but a run goes on with the same tokens only: see restore.
+# another run. The folder of the data may move, but a run goes on with the same tokens only.
 MAY_CHANGE_ON_RESUME = {
     "base", "micro_batch_size", "data", "out_dir", "resume", "sample_only", "prompt",
     "sample_tokens", "temperature", "top_k", "log_every", "eval_every", "checkpoint_every",
     "device", "compile",
 }
+# What a rule of parametrize.py may depend on
+SIZES = ["width", "depth", "steps", "batch_size",
+         "base_width", "base_depth", "base_steps", "base_batch_size"]
 # A base hands on none of the options in that set, and none of these four.
 NOT_FROM_A_BASE = MAY_CHANGE_ON_RESUME | {"seed", "vocab_size", "dtype", "init_from"}
 
@@ -159,8 +173,7 @@ EXIT_CODES = {"finished": 0, "diverged": 3, "stopped": 4}       # 1: bad input
 rank = int(os.environ.get("RANK") or 0)             # torchrun sets these
 local_rank = int(os.environ.get("LOCAL_RANK") or 0)
 world_size = int(os.environ.get("WORLD_SIZE") or 1)
-long_timeout_group = None       # of processes, in which all wait while one writes a checkpoint
-signals = []            # SIGTERM and Ctrl-C that came
+signals = []            # numbers of the signals that came: see hear_signals
 quiet = False           # results/sweep.py sets it: no lines, no progress bar
 
 
@@ -171,12 +184,12 @@ def options_of_a_run(config_class):
 
 def say(text):
     """Print a line above the progress bar. Only the first rank speaks."""
-    if rank > 0 or quiet:
+    if rank > 0 or quiet or sys.stdout is None:
         return
     try:
         tqdm.write(text)
         sys.stdout.flush()
-    except BrokenPipeError:         # nobody reads any more, as after `| head`: train on
+    except OSError:         # nobody reads any more, as after `| head`: train on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -188,38 +201,27 @@ def require(condition, sentence):
 def check(config):
     """Raises ValueError with one sentence if a value of config is impossible. Sizes of the model
     are checked by model_config and parametrize, Adam's numbers by AdamW."""
-    for name in ("learning_rate", "alpha_init", "seq_len", "steps", "batch_size", "log_every",
-                 "eval_every", "eval_tokens", "checkpoint_every"):
-        value = getattr(config, name)
-        require(0 < value < math.inf, f"{name} must be more than 0, not {value}")
-    for name in ("embedding_lr_mult", "hidden_lr_mult", "unembedding_lr_mult", "rescalers_lr_mult",
-                 "micro_batch_size", "warmup_steps", "weight_decay", "min_lr_ratio", "seed",
-                 "sample_tokens", "temperature", "top_k", "vocab_size"):
-        value = getattr(config, name)
-        require(0 <= value < math.inf, f"{name} must be at least 0, not {value}")
-    require(0 < config.decay_fraction <= 1,
-            f"decay_fraction must be more than 0 and at most 1, not {config.decay_fraction}")
-    require(config.schedule in ("cosine", "linear", "wsd"),
-            f"schedule must be cosine, linear or wsd, not {config.schedule!r}")
-    require(config.dtype in ("auto", "float32", "bfloat16"),
-            f"dtype must be auto, float32 or bfloat16, not {config.dtype!r}")
-    require(config.device in ("auto", "cuda", "cpu"),
-            f"device must be auto, cuda or cpu, not {config.device!r}")
+    for f in fields(config):
+        value = getattr(config, f.name)
+        limits = f.metadata
+        if f.type is float:
+            require(math.isfinite(value), f"{f.name} must be a finite number, not {value}")
+        for word, holds in LIMITS.items():
+            if word in limits:
+                require(holds(value, limits[word]), f"{f.name} must be {word.replace('_', ' ')} "
+                                                    f"{limits[word]}, not {value}")
+        if "choices" in limits:
+            require(value in limits["choices"],
+                    f"{f.name} must be one of {', '.join(limits['choices'])}, not {value!r}")
+    require(config.warmup_steps < config.steps,
+            f"warmup_steps must be fewer than steps={config.steps}, not {config.warmup_steps}: "
+            "else the rate never reaches η")
     require(config.out_dir or not config.resume, "resume needs an out_dir")
+    require(rank < world_size, f"RANK is {rank}, but there are {world_size} processes: start "
+                               "several by torchrun, or unset RANK")
     require(config.batch_size % world_size == 0,
             f"batch_size must be a multiple of the number of processes, {world_size}, "
             f"not {config.batch_size}")
-    gpus = torch.cuda.device_count()
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE") or local_rank + 1)      # of this node
-    wants_gpu = config.device == "cuda" or config.device == "auto" and gpus > 0
-    require(not wants_gpu or processes <= gpus,
-            f"{processes} processes need as many GPUs: PyTorch sees {gpus}; device may be cpu")
-    require(rank < world_size, f"RANK is {rank}, but there are {world_size} processes: start "
-                               "several by torchrun, or unset RANK")
-    if world_size > 1:
-        for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-            require(name in os.environ, f"WORLD_SIZE is {world_size}, but {name} is not set: start "
-                                        "several processes by torchrun, or unset WORLD_SIZE")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -234,63 +236,53 @@ def read_base_file(path):
         path = path / "config.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content["config"], dict):
-            raise TypeError
-        return content
+        if isinstance(content["config"], dict):
+            return content
     except OSError as error:
         raise ValueError(f"the base {path} cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f'the base {path} is damaged: it must be JSON, {{"config": {{"width": …, '
-                         '"depth": …, …}}, as results/laptop.json is') from None
+    except (ValueError, KeyError, TypeError):
+        pass        # said below
+    raise ValueError(f'{path} is no base, nor of a run of train.py: it must be JSON, {{"config": '
+                     '{"width": …, "depth": …, …}}, as results/laptop.json is')
 
 
 def read_base(path, config_class=Config):
     """{option: value} that a base hands on. path: as in read_base_file. Raises ValueError for a
-    damaged file, an unknown option or an impossible value."""
-    numbers = read_base_file(path)["config"]
-    types = {f.name: f.type for f in fields(config_class)}
-    for name, value in numbers.items():
-        require(name in types, f"the base {path} has an unknown option, {name}")
-        if types[name] is float and type(value) is int:
-            numbers[name] = float(value)
-        require(type(numbers[name]) is types[name], f"the base {path} has {name}={value!r}, which "
-                                                    f"must be of type {types[name].__name__}")
-    for name in ("width", "depth", "steps", "batch_size", "learning_rate"):
-        require(name in numbers, f"the base {path} has no {name}")
-    base = {name: value for name, value in numbers.items() if name not in NOT_FROM_A_BASE}
-
+    damaged file, an unknown option or a value that is no value of it."""
+    content = read_base_file(path)["config"]
+    known = {f.name for f in fields(config_class)}
+    base = {}
+    for name, value in content.items():
+        require(name in known, f"the base {path} has an unknown option, {name}")
+        if name not in NOT_FROM_A_BASE:
+            try:
+                base[name] = parse_value(name, str(value), config_class)
+            except ValueError as error:
+                raise ValueError(f"the base {path} is wrong: {error}") from None
+    for name in [*SIZES[:4], "learning_rate"]:
+        require(name in base, f"the base {path} has no {name}")
     # A hand-written file is itself the base. A run's config.json has base_width, base_depth, …
     # already. They are kept: models are scaled from that run's base, not from the run.
-    for size in ("width", "depth", "steps", "batch_size"):
+    for size in SIZES[:4]:
         base.setdefault(f"base_{size}", base[size])
-    try:
-        trial = config_class(**base)
-        # whether this machine can train it as it stands is checked later
-        check(replace(trial, batch_size=world_size, device="cpu"))
-        model_config(trial)
-    except ValueError as error:
-        raise ValueError(f"the base {path} is impossible: {error}") from None
     return base
 
 
 def not_carried(config, meta):
-    """A sentence on what differs from the base though the rule does not carry η over it; or ""."""
+    """What differs from the base though the rule does not carry η over it: [name (from → to), …]."""
     base = type(config)(**read_base(config.base, type(config)))
-    tokenizer = read_base_file(config.base).get("data", {}).get("tokenizer")
-    tuned_at = {"head_dim": base.head_dim, "seq_len": base.seq_len, "schedule": base.schedule}
-    cells = COLUMNS.get(config.parametrization, {}).values()
-    if not any("m_b" in cell for cell in cells):
-        tuned_at["batch_size"] = base.base_batch_size       # of the base's own base, if it has one
-    changed = []
-    for name, value in tuned_at.items():
-        if getattr(config, name) != value:
-            changed.append(f"{name} ({value} → {getattr(config, name)})")
-    if tokenizer and tokenizer != meta["tokenizer"]:
-        changed.append(f"tokenizer ({tokenizer} → {meta['tokenizer']})")
-    if not changed:
-        return ""
-    return (f"note: the rule does not carry η over {', '.join(changed)}: the best η may be another "
-            "than the base's")
+    tokenizer = read_base_file(config.base).get("data", {}).get("tokenizer", meta["tokenizer"])
+    pairs = {
+        "head_dim": (base.head_dim, config.head_dim),
+        "seq_len": (base.seq_len, config.seq_len),
+        "schedule": (base.schedule, config.schedule),
+        "batch_size": (base.base_batch_size, config.batch_size),
+        "base_width": (base.base_width, config.base_width),
+        "tokenizer": (tokenizer, meta["tokenizer"]),
+    }
+    if config.parametrization == "nugpt_batch":
+        del pairs["batch_size"]         # the one rule that carries it
+    return [f"{name} ({old} → {new})" for name, (old, new) in pairs.items() if old != new]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -349,27 +341,6 @@ def sequences(tokens, starts, seq_len, device):
     return rows[:, :-1], rows[:, 1:]
 
 
-def split_batch(config):
-    """(sequences of one process a step, sequences of its micro-batches). Micro-batches have equal
-    sizes: the largest that divides the process's share and is allowed."""
-    share = config.batch_size // world_size
-    micro = min(share, config.micro_batch_size or share)
-    while share % micro:
-        micro -= 1
-    return share, micro
-
-
-def say_if_micro_batches_are_tiny(config):
-    """Say which batches nearby split better, if the batch has no divisor near micro_batch_size."""
-    share, micro = split_batch(config)
-    allowed = min(share, config.micro_batch_size or share)
-    if 2 * micro <= allowed:
-        below = world_size * (share - share % allowed)
-        above = below + world_size * allowed
-        say(f"note: {share} sequences a process split only into micro-batches of {micro}, which is "
-            f"slow: batch_size {below} or {above} splits into {allowed}")
-
-
 # ------------------------------------------------------------------------------------------------
 # Device, model and optimizer
 
@@ -380,6 +351,10 @@ def open_device(config):
     device = pick_device(config)
     on_gpu = device.type == "cuda"
     if on_gpu:
+        gpus = torch.cuda.device_count()
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)        # of this node
+        require(processes <= gpus, f"{processes} processes need as many GPUs: PyTorch sees {gpus}; "
+                                   "device may be cpu")
         torch.cuda.set_device(device)
         # this is a study of learning rates: partial sums stay fp32
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
@@ -387,24 +362,17 @@ def open_device(config):
         say("nvidia-smi is here, but PyTorch sees no GPU: going on with the CPU")
 
     if world_size > 1 and not dist.is_initialized():
-        start_process_group(device)
+        # as long as the first rank may take to make data or to write a checkpoint
+        timeout = timedelta(hours=2)
+        if on_gpu:
+            dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, timeout=timeout)
+        else:
+            dist.init_process_group("gloo", timeout=timeout)
     config.dtype = pick_dtype(config, device)
     if not on_gpu:
         set_cpu_options(config)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
     return device, autocast
-
-
-def start_process_group(device):
-    """Joins this process to the others that torchrun started."""
-    global long_timeout_group
-    # a node that is gone is missed after 10 minutes; a checkpoint may take longer
-    timeout = timedelta(minutes=10)
-    if device.type == "cuda":
-        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, timeout=timeout)
-    else:
-        dist.init_process_group("gloo", timeout=timeout)
-    long_timeout_group = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
 
 
 def pick_device(config):
@@ -433,11 +401,6 @@ def pick_vocab_size(config, meta):
 
 def set_cpu_options(config):
     """Set what makes training on a CPU faster."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        # glibc shall keep freed memory: giving it away and getting it back is slow
-        libc.mallopt(-1, 2 ** 31 - 1)       # M_TRIM_THRESHOLD
-        libc.mallopt(-4, 0)                 # M_MMAP_MAX
     # PyTorch's plain attention is 3 times as fast on short bf16 sequences as its fused one. Despite
     # their names these switches count on the CPU. torch.compile's cache on the disk does not see
     # them: empty it after an edit here.
@@ -453,20 +416,16 @@ def apply_table(config, columns=COLUMNS):
     for f in fields(config):
         if f.name.endswith("_lr_mult"):
             lr_mults[f.name.removesuffix("_lr_mult")] = getattr(config, f.name)
-    return parametrize(
-        config.parametrization,
-        width=config.width, base_width=config.base_width,
-        depth=config.depth, base_depth=config.base_depth,
-        steps=config.steps, base_steps=config.base_steps,
-        batch_size=config.batch_size, base_batch_size=config.base_batch_size,
-        alpha_init=config.alpha_init, lr_mults=lr_mults, columns=columns)
+    sizes = {name: getattr(config, name) for name in SIZES}
+    return parametrize(config.parametrization, **sizes, alpha_init=config.alpha_init,
+                       lr_mults=lr_mults, columns=columns)
 
 
-def model_config(config, config_class=GPTConfig, **settings):
+def model_config(config, settings, config_class=GPTConfig):
     """The GPTConfig of config's model. A field that Config and GPTConfig share, such as width, has
     config's value; settings are the table's. Raises ValueError for impossible sizes."""
     shared = {f.name for f in fields(config_class)} & {f.name for f in fields(config)}
-    return config_class(**{name: getattr(config, name) for name in shared}, **settings)
+    return config_class(settings, **{name: getattr(config, name) for name in shared})
 
 
 def build(config, device):
@@ -474,7 +433,7 @@ def build(config, device):
     settings, lr_factors = apply_table(config)
     torch.manual_seed(config.seed)
     with device:
-        model = GPT(model_config(config, **settings))
+        model = GPT(model_config(config, settings))
     return model, make_optimizer(model, lr_factors, config)
 
 
@@ -488,33 +447,47 @@ def make_optimizer(model, lr_factors, config):
                              eps=config.eps, fused=True)
 
 
-def maybe_compile(model, config):
-    """(compiled_model, normalize_weights): the model and its method, compiled if config says so and
-    a compiler is there. The compiled model has the model's own parameters."""
-    compiler = os.environ.get("CXX", "g++")
-    header = Path(sysconfig.get_paths()["include"], "Python.h")
-    possible = header.exists() and shutil.which(compiler) is not None
-    if config.compile and not possible:
-        say(f"torch.compile needs {compiler}, or another as CXX, and {header} (python3-dev): "
-            "going on uncompiled")
-    if not (config.compile and possible):
-        return model, model.normalize_weights
-    return torch.compile(model), torch.compile(model.normalize_weights)
+def wrap(model, config, batch, autocast):
+    """The model to train: compiled, if config says so and the compiler works, and as DDP wraps it.
+    It has the model's own parameters. batch: any micro-batch, on which the compiler is tried."""
+    if not config.compile:
+        return distribute(model)
+    say("compiling; the first time this takes a minute or two")
+    trouble = ""
+    try:
+        wrapped = distribute(torch.compile(model, dynamic=False))
+        wrapped.require_backward_grad_sync = False      # no rank waits for one that fails
+        with autocast:
+            _, loss = wrapped(*batch)
+        loss.backward()
+    except Exception as error:      # a compiler can fail in any way
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        trouble = f"{type(error).__name__}: {error}".splitlines()[0]
+    model.zero_grad(set_to_none=world_size == 1)
+    troubles = [one for one in gather(trouble) if one]
+    if not troubles:
+        return wrapped
+    say(f"going on uncompiled, since torch.compile failed: {troubles[0]:.200}")
+    return distribute(model)
 
 
-@functools.lru_cache
-def matrix_rate(device, dtype):
-    """FLOP/s of a large matrix product on the device, measured."""
-    n = 8192 if device.type == "cuda" else 1024
-    a = torch.randn(n, n, device=device, dtype=getattr(torch, dtype))
-    fastest = math.inf
-    for _ in range(4):
-        start = time.perf_counter()
-        a @ a
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        fastest = min(fastest, time.perf_counter() - start)
-    return 2 * n ** 3 / fastest
+def distribute(model):
+    """The model as DDP wraps it, or the model itself in a single process."""
+    if world_size == 1:
+        return model
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)      # 2.13 renames broadcast_buffers
+        # gradients travel in large buckets: each bucket cuts the compiled graph
+        return DDP(model, bucket_cap_mb=250, gradient_as_bucket_view=True, broadcast_buffers=False)
+
+
+def gather(value):
+    """The values of all ranks, a list."""
+    values = [value] * world_size
+    if world_size > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
 # ------------------------------------------------------------------------------------------------
@@ -528,13 +501,7 @@ def schedule(step, config):
     decay is counted from step 0."""
     if step < config.warmup_steps:
         return (step + 1) / (config.warmup_steps + 1)
-    done = step / config.steps
-    if config.schedule == "cosine":
-        height = 0.5 * (1 + math.cos(math.pi * done))
-    elif config.schedule == "linear":
-        height = 1 - done
-    else:       # wsd
-        height = min(1, (1 - done) / config.decay_fraction)
+    height = SCHEDULES[config.schedule](step / config.steps, config)
     return config.min_lr_ratio + (1 - config.min_lr_ratio) * height
 
 
@@ -542,60 +509,55 @@ def schedule(step, config):
 # Evaluation and sample
 
 
-def evaluate(model, compiled_model, tokens, micro, config, autocast):
+@torch.no_grad()
+def evaluate(model, tokens, config, autocast):
     """{"val_loss": nats a token, and means of |α_A|, |α_M| and |s_z|}. Ranks share the work; one
-    may have none. To measure inside the model call `model` itself: compiled_model runs no hooks."""
+    may have none. The model is not compiled here, so that a fork may measure inside it."""
     device = model.embedding.device
     starts = validation_starts(len(tokens), config.seq_len, config.eval_tokens)
+    micro = config.micro_batch_size or config.batch_size
     total = torch.zeros((), dtype=torch.float64, device=device)
     for first in range(rank * micro, len(starts), world_size * micro):
         some = starts[first:first + micro]
         x, y = sequences(tokens, some, config.seq_len, device)
         with autocast:
-            if len(some) == micro:
-                # not under no_grad, for which torch.compile would compile a second graph
-                _, loss = compiled_model(x, y)
-            else:       # a last, smaller batch is not worth compiling
-                with torch.no_grad():
-                    _, loss = model(x, y)
-        total += loss.detach() * len(some)
-        del loss        # and with it what was kept for a backward pass, before the next forward
+            _, loss = model(x, y)
+        total += loss * len(some)
     if world_size > 1:
         dist.all_reduce(total)
 
     metrics = {"val_loss": round(total.item() / len(starts), 6)}
     for name in LOGGED_RESCALERS:
-        values = [module().detach().abs().flatten() for path, module in model.named_modules()
+        values = [module().abs().flatten() for path, module in model.named_modules()
                   if path.split(".")[-1] == name]
         if values:      # a fork may have none
             metrics[name] = float(f"{torch.cat(values).mean().item():.6g}")
     return metrics
 
 
-def draw_sample(model, tokenizer, config, autocast):
-    """Text of config.sample_tokens tokens that the model continues the prompt with."""
+def print_sample(model, tokenizer_name, config, autocast):
+    """Print config.sample_tokens tokens that the model continues the prompt with. Raises ValueError
+    if the tokenizer cannot be had."""
+    require(tokenizer_name, "no sample: the data has no tokenizer")
     text = config.prompt
     if not text and config.data == Config.data:
         text = "def "       # that data is Python source
-    prompt = tokenizer.encode(text)
-    if len(prompt) == 0:
+    try:
+        tokenizer = get_tokenizer(tokenizer_name)
+        prompt = list(tokenizer.encode(text))
+    except ValueError as error:         # no network for its vocabulary; an unknown token
+        raise ValueError(f"no sample: {error}") from None
+    if not prompt:
         prompt = [ord("\n") if tokenizer.end_of_text is None else tokenizer.end_of_text]
     torch.manual_seed(config.seed)
-    tokens = torch.tensor([list(prompt)], dtype=torch.int64, device=model.embedding.device)
-    top_k = config.top_k or None
+    tokens = torch.tensor([prompt], dtype=torch.int64, device=model.embedding.device)
     with autocast:
-        tokens = model.generate(tokens, config.sample_tokens, config.temperature, top_k)
+        tokens = model.generate(tokens, config.sample_tokens, config.temperature,
+                                config.top_k or None)
     # the model's vocabulary may be rounded up beyond the tokenizer's
-    return tokenizer.decode([token for token in tokens[0].tolist() if token < tokenizer.vocab_size])
-
-
-def print_sample(model, tokenizer_name, config, autocast):
-    """Print a sample. Raises ValueError if the tokenizer cannot be had."""
-    require(tokenizer_name, "no sample: the data has no tokenizer")
-    try:
-        text = draw_sample(model, get_tokenizer(tokenizer_name), config, autocast)
-    except (ValueError, KeyError) as error:     # no network for its vocabulary; an unknown token
-        raise ValueError(f"no sample: {error}") from None
+    text = tokenizer.decode([token for token in tokens[0].tolist() if token < tokenizer.vocab_size])
+    # a model of bytes may utter what a terminal takes for a command
+    text = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
     say(f"{'-' * 30} sample {'-' * 30}\n{text}\n{'-' * 68}")
 
 
@@ -603,61 +565,59 @@ def print_sample(model, tokenizer_name, config, autocast):
 # Files of a run
 
 
-def lock_folder(folder):
-    """Makes the folder and locks it, so that no second process writes there; returns log.csv, open.
-    The lock lasts until that file is closed. Rows are written by append_log. Raises ValueError if
-    another process has the lock, or if log.csv or config.json is not of a run."""
+def open_log(folder, resumes, step):
+    """log.csv of a run's folder, open and locked, so that no second process writes there. Its rows
+    after `step` are cut off: they come again. Raises ValueError if another process has the lock, or
+    if the folder holds something else than the run that is resumed."""
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "config.json").exists():
-        try:
-            read_base_file(folder)
-        except ValueError:
-            raise ValueError(f"{folder}/config.json was not written by train.py; choose another "
-                             "out_dir") from None
-    file = open(folder / "log.csv", "a+", newline="", encoding="utf-8", errors="replace")
+        read_base_file(folder)      # raises ValueError for somebody else's file
+    file = open(folder / "log.csv", "a+b")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
         raise ValueError(f"another process is training in {folder}; wait for it, or choose another "
                          "out_dir") from None
+    except OSError as error:        # Lustre and some NFS mounts have no locks
+        say(f"{folder} is not locked ({error.strerror}): let no second process train there")
+
     file.seek(0)
-    head = file.readline().strip()
-    require(head in ("", ",".join(LOG)), f"{folder}/log.csv was not written by this version of "
-                                         "train.py; choose another out_dir")
-    file.seek(0, os.SEEK_END)
+    lines = file.readlines()
+    head = lines[0].decode("utf-8-sig", "replace").strip() if lines else ""
+    require(head in ("", ",".join(LOG)), f"{folder}/log.csv was not written by this train.py; "
+                                         "choose another out_dir")
+    require(resumes or not lines, f"{folder} has the log.csv of a run whose ckpt.pt is gone; "
+                                  "choose another --out_dir")
+    size = 0
+    for number, line in enumerate(lines):
+        whole = line.endswith(b"\n")
+        text = line.split(b",")[0]
+        if number > 0 and not (whole and text.isdigit() and int(text) <= step):
+            break
+        size += len(line)
+    file.truncate(size)
+    if size == 0:
+        write_row(file, LOG)
     return file
 
 
-def append_log(path, row):
-    """Adds a row to log.csv, and before the first row the columns. Returns the file's size."""
-    with open(path, "a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, LOG, lineterminator="\n")
-        if file.tell() == 0:
-            writer.writeheader()
-        writer.writerow(row)
-        return file.tell()
+def write_row(file, cells):
+    """Adds a row to log.csv."""
+    file.write((",".join(map(str, cells)) + "\n").encode())
+    file.flush()
 
 
 def save(path, metadata, progress, model, optimizer):
-    """Rank 0 writes a checkpoint to path, whole or not at all, while the others wait. All raise
-    OSError if it fails."""
+    """Writes a checkpoint to path, whole or not at all. Raises OSError if it fails."""
     content = {**metadata, "progress": progress, "model": model.state_dict(),
                "optimizer": optimizer.state_dict()}
-    trouble = None
-    if rank == 0:
-        try:
-            sync(path.with_name("log.csv"))     # never behind the checkpoint
-            write_aside(path, lambda file: torch.save(content, file))
-        except (OSError, RuntimeError) as error:
-            reason = error.__context__ or error     # torch.save wraps an OSError in a RuntimeError
-            trouble = f"{path} could not be written ({reason}); the last is untouched"
-    if world_size > 1:
-        everybody = [trouble]
-        dist.broadcast_object_list(everybody, group=long_timeout_group)
-        trouble = everybody[0]
-    if trouble:
-        raise OSError(trouble)
+    try:
+        sync(path.with_name("log.csv"))     # never behind the checkpoint
+        write_aside(path, lambda file: torch.save(content, file))
+    except (OSError, RuntimeError) as error:
+        reason = error.__context__ or error     # torch.save wraps an OSError in a RuntimeError
+        raise OSError(f"{path} could not be written ({reason}); the last is untouched") from None
 
 
 def load(path, mmap=False):
@@ -670,24 +630,60 @@ def load(path, mmap=False):
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
     except Exception as error:      # unpickling what is no checkpoint can raise anything
-        reason = type(error).__name__
-        raise ValueError(f"{path} is damaged, or of another version ({reason})") from None
+        raise ValueError(f"{path} is no checkpoint of train.py ({type(error).__name__})") from None
 
 
-def git_commit():
-    """The commit of this checkout, "" outside of git or inside another project's repository."""
-    here = Path(__file__).resolve().parent
-    with suppress(OSError):
-        def git(*words):
-            done = subprocess.run(["git", "-C", here, *words], capture_output=True)
-            return os.fsdecode(done.stdout).strip()
-        if git("rev-parse", "--show-toplevel") == str(here):
-            return git("describe", "--always", "--dirty")
-    return ""
+def load_weights(path, model, checkpoint=None):
+    """The checkpoint at path, whose weights the model now has. Raises ValueError if it was made with
+    other sizes or rescalers, or by another model.py."""
+    checkpoint = checkpoint or load(path)
+    now = asdict(model.config)
+    saved = {**now, **checkpoint["model_config"]}       # a fork's new field may be lacking
+    changed = [f"{name}={saved[name]}" for name in now if saved[name] != now[name]]
+    require(not changed, f"{path} has a model with {', '.join(changed)}, and not the one that is "
+                         f"wanted here; --base={path.parent} takes its numbers, unless "
+                         "parametrize.py has changed")
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except RuntimeError:
+        raise ValueError(f"{path} has other parameters than the model: has model.py changed?"
+                         ) from None
+    return checkpoint
+
+
+def restore(path, config, model, optimizer, meta):
+    """The progress of the run whose checkpoint is at path; the model and the optimizer are as they
+    were. Raises ValueError if that is another run."""
+    # A GPU copies from a file that is mapped to memory. On the CPU Adam's state would go on
+    # pointing into the file, and its place on the disk would stay taken.
+    checkpoint = load_weights(path, model, load(path, mmap=model.embedding.is_cuda))
+    way_on = f"--init_from={path.parent} starts a new run from its weights"
+    require(fingerprint(checkpoint["data"]) == fingerprint(meta),
+            f"{path} was trained with another data than {config.data}; {way_on}")
+    factors = [group["lr_factor"] for group in optimizer.param_groups]
+    saved = [group.get("lr_factor") for group in checkpoint["optimizer"]["param_groups"]]
+    require(factors == saved, f"{path} was trained with other learning rates: has parametrize.py "
+                              f"changed? {way_on}")
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    return checkpoint["progress"]
 
 
 # ------------------------------------------------------------------------------------------------
 # The run
+
+
+def compare_ranks(config, meta, step):
+    """Raises ValueError if the ranks are not about to train one run: on several machines they may
+    have other options, other data or no checkpoint. step: of the checkpoint, or None."""
+    mine = {name: getattr(config, name) for name in options_of_a_run(type(config))}
+    mine["data"] = fingerprint(meta)
+    mine["checkpoint of step"] = step
+    first, *others = gather(mine)
+    for number, other in enumerate(others, 1):
+        for name, value in first.items():
+            require(other[name] == value, f"rank {number} has {name}={other[name]}, but rank 0 has "
+                                          f"{value}: give all machines one command, one data "
+                                          "folder and one out_dir")
 
 
 def train(config, build_model=build, after_step=None):
@@ -705,68 +701,47 @@ def train(config, build_model=build, after_step=None):
     config = replace(config)        # a copy, in which "auto" is replaced
     device, autocast = open_device(config)
 
-    # data
+    # data, model and optimizer
     train_tokens, val_tokens, meta = open_data(config)
     config.vocab_size = pick_vocab_size(config, meta)
-
-    # model and optimizer
     model, optimizer = build_model(config, device)
     metadata = {"config": asdict(config), "model_config": asdict(model.config), "data": meta,
-                "commit": git_commit(), "torch": str(torch.__version__),
-                "cudnn": torch.backends.cudnn.version()}
+                "torch": str(torch.__version__)}
 
     # a new run, or one that goes on
     folder = Path(config.out_dir)
     path = folder / "ckpt.pt"
-    has_checkpoint = bool(config.out_dir) and path.exists()
-    require(config.resume or not has_checkpoint, f"{folder} already holds a run; continue it with "
-                                                 "--resume, or choose another --out_dir")
-    progress = {"step": 0, "train_seconds": 0.0, "log_bytes": 0}
-    if has_checkpoint:
-        progress = restore(path, config, model, optimizer, metadata)
-    else:
-        if config.resume:
-            say(f"{path} is not there: a new run begins")
-        if config.init_from:
-            start_from(config.init_from, model)
+    resumes = bool(config.out_dir) and path.exists()
+    require(config.resume or not resumes, f"{folder} already holds a run; continue it with "
+                                          "--resume, or choose another --out_dir")
+    progress = {"step": 0, "train_seconds": 0.0}
+    if resumes:
+        progress = restore(path, config, model, optimizer, meta)
+    elif config.init_from:
+        load_weights(Path(config.init_from, "ckpt.pt"), model)
     step = progress["step"]
+    compare_ranks(config, meta, step if resumes else None)
 
-    # what is about to happen, in a few lines
-    share, micro = split_batch(config)
-    say_if_micro_batches_are_tiny(config)
-    tokens_per_step = config.batch_size * config.seq_len
-    flops_per_step = model.flops_per_token() * tokens_per_step
-    flops_per_second = matrix_rate(device, config.dtype) * world_size
-    describe(config, has_checkpoint, model, optimizer, meta, train_tokens, device,
-             seconds_per_step=flops_per_step / flops_per_second)
+    describe(config, resumes, model, optimizer, meta, len(train_tokens), device)
 
     # files
-    if world_size > 1:
-        dist.barrier()      # no rank looks for ckpt.pt any more when the first one writes it
     log_file = None
     if config.out_dir and rank == 0:
-        log_file = lock_folder(folder)      # log.csv, open at its end
-        require(has_checkpoint or log_file.tell() == 0, f"{folder} has the log.csv of a run whose "
-                                                        "ckpt.pt is gone; choose another --out_dir")
-        if log_file.tell() > progress["log_bytes"]:
-            log_file.truncate(progress["log_bytes"])    # rows after the checkpoint come again
+        log_file = open_log(folder, resumes, step)
         write_json(folder / "config.json", metadata)
-    if step == 0 and config.out_dir:    # so that --resume finds this run, however early it ends
-        save(path, metadata, progress, model, optimizer)
+        if not resumes:     # so that --resume finds this run, however early it ends
+            save(path, metadata, progress, model, optimizer)
 
-    compiled_model, normalize_weights = maybe_compile(model, config)
-    trained_model = compiled_model
-    if world_size > 1:
-        trained_model = distribute(compiled_model)
-        if step > 0:
-            any_batch = sequences(train_tokens, [0] * micro, config.seq_len, device)
-            match_buckets(trained_model, optimizer, any_batch, autocast)
+    share = config.batch_size // world_size         # sequences of this rank in a step
+    micro = min(share, config.micro_batch_size or share)
+    any_batch = sequences(train_tokens, [0] * micro, config.seq_len, device)
+    trained_model = wrap(model, config, any_batch, autocast)
     if after_step:
         after_step(step, model)
 
     status = "finished"     # stays if a finished run is resumed, since no step is left
-    bar = tqdm(total=config.steps, initial=step, disable=rank > 0 or quiet,
-               mininterval=1 if sys.stderr.isatty() else 10)
+    bar = tqdm(total=config.steps, initial=step, disable=rank > 0 or quiet or sys.stderr is None,
+               mininterval=1 if sys.stderr and sys.stderr.isatty() else 10)
     clock = time.perf_counter()         # at the last report
     clock_step = step
     while step < config.steps:
@@ -781,19 +756,21 @@ def train(config, build_model=build, after_step=None):
         mine = starts[rank * share:(rank + 1) * share]
         loss = torch.zeros((), device=device)
         for i in range(0, share, micro):
-            x, y = sequences(train_tokens, mine[i:i + micro], config.seq_len, device)
+            some = mine[i:i + micro]        # the last may be fewer
+            x, y = sequences(train_tokens, some, config.seq_len, device)
             if world_size > 1:      # ranks exchange gradients once, with the last micro-batch
-                trained_model.require_backward_grad_sync = i + micro == share
+                trained_model.require_backward_grad_sync = i + micro >= share
             with autocast:
                 _, micro_loss = trained_model(x, y)
-                micro_loss = micro_loss * (micro / share)
+                micro_loss = micro_loss * (len(some) / share)
             micro_loss.backward()
             loss += micro_loss.detach() / world_size
+        metrics = {}        # a fork's own numbers of this step; name them in LOG
 
         # update
         optimizer.step()
         optimizer.zero_grad(set_to_none=world_size == 1)    # None would cost DDP its buckets' views
-        normalize_weights()
+        model.normalize_weights()
         step += 1
         bar.update()
         if after_step:
@@ -818,15 +795,15 @@ def train(config, build_model=build, after_step=None):
         train_loss = round(loss.item(), 6)      # only here the host waits for the device
         seconds = time.perf_counter() - clock
         steps_per_second = (step - clock_step) / seconds
+        tokens_per_step = config.batch_size * config.seq_len
         row = {"step": step, "tokens": step * tokens_per_step,
                "learning_rate": float(f"{learning_rate:.6g}"), "train_loss": train_loss,
                "train_seconds": round(progress["train_seconds"] + seconds, 3),
-               "tokens_per_second": round(steps_per_second * tokens_per_step)}
-        utilization = steps_per_second * flops_per_step / flops_per_second
-        bar.set_postfix_str(f"loss {train_loss:.3f}, {row['tokens_per_second']:,} tokens/s, "
-                            f"{utilization:.0%} of the matrix rate", refresh=False)
+               "tokens_per_second": round(steps_per_second * tokens_per_step), **metrics}
+        bar.set_postfix_str(f"loss {train_loss:.3f}, {row['tokens_per_second']:,} tokens/s",
+                            refresh=False)
         if evaluating:
-            row.update(evaluate(model, compiled_model, val_tokens, micro, config, autocast))
+            row.update(evaluate(model, val_tokens, config, autocast))
             say(f"step {step}/{config.steps}: train_loss {train_loss:.4f}, "
                 f"val_loss {row['val_loss']:.4f}")
 
@@ -842,16 +819,16 @@ def train(config, build_model=build, after_step=None):
         else:
             status = "running"
         progress.update(row)
-        if config.out_dir and rank == 0 and (logging or not finite):
+        if log_file and (logging or not finite):
             # A row of a stopped run has no status: after --resume the rows are those of a run that
             # was never stopped.
             if status in ("diverged", "finished"):
                 row["status"] = status
-            progress["log_bytes"] = append_log(folder / "log.csv", row)
+            write_row(log_file, [row.get(name, "") for name in LOG])
         if status == "diverged":
             progress["val_loss"] = math.nan
             break
-        if saving and config.out_dir:
+        if saving and log_file:
             save(path, metadata, progress, model, optimizer)
         if status == "stopped":
             break
@@ -877,95 +854,32 @@ def train(config, build_model=build, after_step=None):
     return outcome
 
 
-def start_from(folder, model):
-    """Load the weights of the run in another folder. Raises ValueError if its model differs."""
-    path = Path(folder, "ckpt.pt")
-    load_weights(model, load(path), path, f"--base={folder} takes its numbers from there")
-
-
-def load_weights(model, checkpoint, path, advice="has parametrize.py changed?"):
-    """Gives the model the weights of the checkpoint that was loaded from path. Raises ValueError if
-    it was made with other sizes or rescalers, for which advice says what to do, or by another
-    model.py."""
-    unlike = f"{path} has other parameters than the model: has model.py changed?"
-    try:
-        # a fork's new field is at its default in a checkpoint that is older than the field
-        saved = asdict(type(model.config)(**checkpoint["model_config"]))
-    except TypeError:
-        raise ValueError(unlike) from None
-    now = asdict(model.config)
-    changed = [f"{name}={value}" for name, value in saved.items() if now[name] != value]
-    require(not changed, f"{path} has a model with {', '.join(changed)}, and not the one that is "
-                         f"wanted here; {advice}")
-    try:
-        model.load_state_dict(checkpoint["model"])
-    except RuntimeError:
-        raise ValueError(unlike) from None
-
-
-def restore(path, config, model, optimizer, metadata):
-    """The progress of the run whose checkpoint is at path. Loads its weights and Adam's state, too.
-    Raises ValueError if it is not the run that config and metadata describe."""
-    # A GPU copies from a file that is mapped to memory. On the CPU Adam's state would go on
-    # pointing into the file, and its place on the disk would stay taken.
-    checkpoint = load(path, mmap=model.embedding.is_cuda)
-    require(fingerprint(checkpoint["data"]) == fingerprint(metadata["data"]),
-            f"{path} was trained with another data than {config.data}; --init_from={path.parent} "
-            "starts a new run from its weights")
-    factors = [group["lr_factor"] for group in optimizer.param_groups]
-    saved = [group.get("lr_factor") for group in checkpoint["optimizer"]["param_groups"]]
-    require(factors == saved, f"{path} was trained with other learning rates: has parametrize.py "
-                              "changed?")
-    load_weights(model, checkpoint, path)
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    return checkpoint["progress"]
-
-
-def describe(config, resumes, model, optimizer, meta, train_tokens, device, seconds_per_step):
-    """Say what is about to be trained, at which rates, and how long a step will take."""
+def describe(config, resumes, model, optimizer, meta, num_tokens, device):
+    """Say what is about to be trained, and at which rates."""
     tokens = config.steps * config.batch_size * config.seq_len
-    epochs = tokens / len(train_tokens)
     say(f"{config.parametrization}: {model.num_params():,} parameters, {config.steps:,} steps, "
-        f"{tokens:,} tokens, {epochs:.1f} epochs of {config.data}, {config.dtype}, "
+        f"{tokens:,} tokens, {tokens / num_tokens:.1f} epochs of {config.data}, {config.dtype}, "
         f"{world_size} × {device}")
-    rates = [f"{group['name']} {config.learning_rate * group['lr_factor']:.3g}"
-             for group in optimizer.param_groups]
+    rates = {group["name"]: config.learning_rate * group["lr_factor"]
+             for group in optimizer.param_groups}
     say(f"m_w={config.width / config.base_width:g} m_d={config.depth / config.base_depth:g} "
         f"m_t={config.steps / config.base_steps:g}; η={config.learning_rate:g} becomes "
-        f"{', '.join(rates)}")
-    if config.base and not resumes:
-        sentence = not_carried(config, meta)
-        if sentence:
-            say(sentence)
-    if not config.base and not resumes:
-        say(f"note: no --base was given: η is taken as tuned at width {config.base_width}, "
-            f"{config.base_depth} blocks and {config.base_steps:,} steps; the default η was never "
-            "tuned there")
-    if epochs > 4:
-        say("more than 4 epochs teach little; new text: "
-            f"`python prepare_data.py fineweb --tokens={tokens:.0e}`")
-    say(f"a step takes at least {seconds_per_step:.3g} s: its matrix products alone, at the rate of "
-        "a large one; the bar shows the percentage of that rate that is reached")
-    if device.type == "cpu" and seconds_per_step > 60:
-        say("that is for a GPU; for a CPU there is `python train.py --base=results/laptop.json`")
-
-
-def distribute(model):
-    """The model as DDP wraps it: backward averages the gradients of all ranks."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)      # 2.13 renames broadcast_buffers
-        # gradients travel in large buckets: each bucket cuts the compiled graph
-        return DDP(model, bucket_cap_mb=250, gradient_as_bucket_view=True, broadcast_buffers=False)
-
-
-def match_buckets(ddp, optimizer, batch, autocast):
-    """Run one backward pass that changes no weight. After its first backward pass DDP sorts the
-    gradients into other buckets, which changes the rounding of their sums. The original run was
-    already past that point, so a resumed run must be, too."""
-    with autocast:
-        _, loss = ddp(*batch)
-    loss.backward()
-    optimizer.zero_grad(set_to_none=False)
+        + ", ".join(f"{name} {rate:.3g}" for name, rate in rates.items()))
+    for tensor_class in TENSOR_CLASSES:
+        if tensor_class not in rates:
+            say(f"note: no parameter is of the class {tensor_class}: its rate is not used")
+    if resumes:
+        return
+    if config.resume:
+        say(f"{config.out_dir}/ckpt.pt is not there: a new run begins")
+    if config.base:
+        changed = not_carried(config, meta)
+        if changed:
+            say(f"note: the rule does not carry η over {', '.join(changed)}: the best η may be "
+                "another than the base's")
+    elif config.base_width == Config.base_width:
+        say(f"note: no --base was given: η is taken as tuned at width {config.base_width}, where "
+            "it never was; for a CPU there is `python train.py --base=results/laptop.json`")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -983,10 +897,10 @@ def integer(text):
 def number(text):
     """0.0078125 of "0.0078125", "7.8125e-3" or "2^-7". Raises ValueError."""
     base, sign, power = text.partition("^")
-    value = float(base) ** float(power if sign else 1)
-    if isinstance(value, complex):      # of a negative base
-        raise ValueError
-    return value
+    try:
+        return float(float(base) ** float(power if sign else 1))
+    except (ArithmeticError, TypeError):        # TypeError: a complex power, of a negative base
+        raise ValueError from None
 
 
 def boolean(text):
@@ -1003,8 +917,8 @@ def parse_value(name, text, config_class=Config):
     kind = {f.name: f.type for f in fields(config_class)}[name]
     try:
         value = PARSERS[kind](text)
-    except (ValueError, KeyError, ArithmeticError):
-        raise ValueError(f"--{name} must be of type {kind.__name__}, not {text!r}") from None
+    except (ValueError, KeyError, OverflowError):
+        raise ValueError(f"{name} must be of type {kind.__name__}, not {text!r}") from None
     if name in PATHS and value:
         value = os.path.normpath(os.path.expanduser(value))
     return value
@@ -1019,11 +933,8 @@ def parse_args(argv, config_class=Config):
     for f in fields(config_class):
         default = "" if f.default == "" else f" (default {f.default})"
         text = (f.metadata.get("help", "") + default).replace("%", "%%")
-        if f.type is bool:      # may stand bare: --resume
-            parser.add_argument(f"--{f.name}", nargs="?", const="True", default=argparse.SUPPRESS,
-                                help=text)
-        else:
-            parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text)
+        may_stand_bare = {"nargs": "?", "const": "True"} if f.type is bool else {}
+        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text, **may_stand_bare)
     given = vars(parser.parse_args(argv))
     try:
         return {name: parse_value(name, text, config_class) for name, text in given.items()}
@@ -1032,45 +943,31 @@ def parse_args(argv, config_class=Config):
 
 
 def load_config(given, config_class=Config):
-    """The Config of the options given. What they leave out comes from the base, if one is given,
-    then from the run that is resumed, then from Config. Raises ValueError."""
+    """The Config of the options given, {name: value}. What they leave out comes from the base, if
+    one is given, then from the run that is resumed, then from Config. Raises ValueError."""
     if given.get("base"):
         given = {**read_base(given["base"], config_class), **given}
     config = config_class(**given)
     path = Path(config.out_dir, "ckpt.pt")
-    has_checkpoint = bool(config.out_dir) and path.exists()
     wants_checkpoint = config.resume or config.sample_only
-    if not (has_checkpoint and wants_checkpoint):
+    if not (wants_checkpoint and config.out_dir and path.exists()):
         return config
 
     checkpoint = load(path, mmap=True)
     try:
         saved = config_class(**checkpoint["config"])
     except TypeError:
-        raise ValueError(f"{path} is damaged, or of another version") from None
-    done = checkpoint["progress"]["step"]
-    # "auto" and 0, if given, stand for what the run has
-    automatic = {"dtype": "auto", "vocab_size": 0}
-    given = {name: value for name, value in given.items() if automatic.get(name) != value}
+        raise ValueError(f"{path} is no checkpoint of this train.py: its options are others"
+                         ) from None
     of_this_command = {"out_dir": config.out_dir, "resume": False, "sample_only": False}
     config = replace(saved, **{**of_this_command, **given})
     may_differ = {"seed"} if config.sample_only else set()
-    changed = [name for name in options_of_a_run(config_class)
+    changed = [f"{name}={getattr(saved, name)}" for name in options_of_a_run(config_class)
                if getattr(config, name) != getattr(saved, name) and name not in may_differ]
-    if changed and not goes_on_to_another_horizon(saved, config, changed, done):
-        had = ", ".join(f"{name}={getattr(saved, name)}" for name in changed)
-        raise ValueError(f"{config.out_dir} has {had}, which a resumed run cannot change")
+    require(not changed, f"{config.out_dir} has {', '.join(changed)}, which a resumed run cannot "
+                         f"change; another --out_dir with --init_from={config.out_dir} starts a "
+                         "new run from its weights")
     return config
-
-
-def goes_on_to_another_horizon(before, now, changed, done):
-    """Whether the resumed run only ends earlier or later, with the learning rates it had so far. So
-    it is before the decay of schedule wsd, if steps / base_steps stays, since m_t multiplies the
-    rates; and for any schedule before the end of warm-up."""
-    return (set(changed) <= {"steps", "base_steps"}
-            and done < now.steps
-            and now.steps * before.base_steps == before.steps * now.base_steps
-            and all(schedule(step, now) == schedule(step, before) for step in range(done)))
 
 
 def sample(config, build_model=build):
@@ -1082,35 +979,36 @@ def sample(config, build_model=build):
     check(config)
     device, autocast = open_device(config)
     model, _ = build_model(config, device)
-    load_weights(model, checkpoint, path)
+    load_weights(path, model, checkpoint)
     print_sample(model, checkpoint["data"].get("tokenizer"), config, autocast)
 
 
-def watch_signals():
-    """From now on the first SIGTERM or Ctrl-C asks the run to stop after its step, and the second
-    ends the process at once. The signal's number goes to a pipe, which a thread reads: so it is
-    heard even in the middle of a long matrix product, where Python itself hears nothing."""
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    signal.set_wakeup_fd(writer)
+@contextmanager
+def hear_signals():
+    """Inside, SIGTERM, SIGUSR1, SIGHUP and Ctrl-C ask the run to stop after its step, however often
+    they come; only a second Ctrl-C ends the process at once. Schedulers and torchrun both pass
+    signals on, so that a process may get the same one twice."""
+    def hear(number, frame):
+        if number == signal.SIGINT and number in signals:
+            os._exit(130)       # files are written aside and renamed: none is damaged
+        signals.append(number)
+        if rank == 0:
+            with suppress(OSError):         # no terminal any more
+                os.write(2, b"\nstopping after this step; a second Ctrl-C ends it at once\n")
 
-    def only_wake_the_pipe(signal_number, frame):
-        pass
-
-    for signal_number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signal_number, only_wake_the_pipe)
-
-    def listen():
-        while True:
-            heard = os.read(reader, 1)[0]
-            if heard not in (signal.SIGTERM, signal.SIGINT):
-                continue
-            if signals:
-                os._exit(128 + heard)       # files are written aside and renamed: none is damaged
-            signals.append(heard)
-            say("stopping after this step; a second signal ends the process at once")
-
-    threading.Thread(target=listen, daemon=True).start()
+    signals.clear()
+    before = {}
+    if threading.current_thread() is threading.main_thread():       # others may set no handlers
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+            handler = signal.getsignal(number)
+            if handler is not None and handler != signal.SIG_IGN:   # nohup ignores SIGHUP
+                before[number] = handler
+                signal.signal(number, hear)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def fail(sentence, everybody=False):
@@ -1127,23 +1025,25 @@ def main(argv, config_class=Config, build_model=build):
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")        # a terminal may lack letters of a sample
-    signals.clear()
     given = parse_args(argv, config_class)
     try:
         config = load_config(given, config_class)
         if config.sample_only:
             sample(config, build_model)
             return 0
-        if config.out_dir:      # without a folder there is nothing to save
-            watch_signals()
-        outcome = train(config, build_model)
+        # without a folder there is nothing to save
+        with hear_signals() if config.out_dir else nullcontext():
+            outcome = train(config, build_model)
+    except KeyboardInterrupt:
+        return 130
     except ValueError as error:
         fail(error)
-    except torch.OutOfMemoryError:
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
         fail("out of memory: a smaller --micro_batch_size needs less, and changes rounding only",
              everybody=True)
     except OSError as error:        # no permission, disk full
-        print(file=sys.stderr)      # below the progress bar
         fail(error, everybody=True)
 
     if outcome["status"] == "stopped":
