@@ -362,17 +362,29 @@ def open_device(config):
         say("nvidia-smi is here, but PyTorch sees no GPU: going on with the CPU")
 
     if world_size > 1 and not dist.is_initialized():
-        # as long as the first rank may take to make data or to write a checkpoint
-        timeout = timedelta(hours=2)
-        if on_gpu:
-            dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, timeout=timeout)
-        else:
-            dist.init_process_group("gloo", timeout=timeout)
+        join_ranks(device)
     config.dtype = pick_dtype(config, device)
     if not on_gpu:
         set_cpu_options(config)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
     return device, autocast
+
+
+def join_ranks(device):
+    """Joins this process to the others that torchrun started."""
+    # as long as the first rank may take to make data or to write a checkpoint
+    timeout = timedelta(hours=2)
+    store = None        # init_process_group takes torchrun's
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size):
+        # After a restart torchrun's store still has the addresses of the processes that died. Keys
+        # of this attempt's own keep them apart. Several nodes may count their attempts differently.
+        store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    more = {"store": store, "rank": rank, "world_size": world_size, "timeout": timeout}
+    if device.type == "cuda":
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, **more)
+    else:
+        dist.init_process_group("gloo", **more)
 
 
 def pick_device(config):
