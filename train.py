@@ -398,10 +398,10 @@ def pick_dtype(config, device):
     """config.dtype, where "auto" stands for bfloat16 if the device multiplies it in hardware."""
     if config.dtype != "auto":
         return config.dtype
+    cpuinfo = Path("/proc/cpuinfo")
     if device.type == "cuda":
         has_bfloat16 = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
-        cpuinfo = Path("/proc/cpuinfo")
         has_bfloat16 = cpuinfo.exists() and "bf16" in cpuinfo.read_text(errors="replace")
     return "bfloat16" if has_bfloat16 else "float32"
 
@@ -645,10 +645,12 @@ def load(path, mmap=False):
         raise ValueError(f"{path} is no checkpoint of train.py ({type(error).__name__})") from None
 
 
-def load_weights(path, model, checkpoint=None):
+def load_weights(path, model):
     """The checkpoint at path, whose weights the model now has. Raises ValueError if it was made with
     other sizes or rescalers, or by another model.py."""
-    checkpoint = checkpoint or load(path)
+    # A GPU copies from a file that is mapped to memory. On the CPU Adam's state would go on
+    # pointing into the file, and its place on the disk would stay taken.
+    checkpoint = load(path, mmap=model.embedding.is_cuda)
     now = asdict(model.config)
     saved = {**now, **checkpoint["model_config"]}       # a fork's new field may be lacking
     changed = [f"{name}={saved[name]}" for name in now if saved[name] != now[name]]
@@ -666,9 +668,7 @@ def load_weights(path, model, checkpoint=None):
 def restore(path, config, model, optimizer, meta):
     """The progress of the run whose checkpoint is at path; the model and the optimizer are as they
     were. Raises ValueError if that is another run."""
-    # A GPU copies from a file that is mapped to memory. On the CPU Adam's state would go on
-    # pointing into the file, and its place on the disk would stay taken.
-    checkpoint = load_weights(path, model, load(path, mmap=model.embedding.is_cuda))
+    checkpoint = load_weights(path, model)
     way_on = f"--init_from={path.parent} starts a new run from its weights"
     require(fingerprint(checkpoint["data"]) == fingerprint(meta),
             f"{path} was trained with another data than {config.data}; {way_on}")
@@ -745,15 +745,15 @@ def train(config, build_model=build, after_step=None):
             save(path, metadata, progress, model, optimizer)
 
     share = config.batch_size // world_size         # sequences of this rank in a step
-    micro = min(share, config.micro_batch_size or share)
+    micro = min(share, config.micro_batch_size or share)        # and in a forward pass
     any_batch = sequences(train_tokens, [0] * micro, config.seq_len, device)
     trained_model = wrap(model, config, any_batch, autocast)
     if after_step:
         after_step(step, model)
 
-    status = "finished"     # stays if a finished run is resumed, since no step is left
-    bar = tqdm(total=config.steps, initial=step, disable=rank > 0 or quiet or sys.stderr is None,
-               mininterval=1 if sys.stderr and sys.stderr.isatty() else 10)
+    status = "finished"     # unless something else happens
+    bar = tqdm(total=config.steps, initial=step, mininterval=2,
+               disable=rank > 0 or quiet or sys.stderr is None)
     clock = time.perf_counter()         # at the last report
     clock_step = step
     while step < config.steps:
@@ -820,21 +820,17 @@ def train(config, build_model=build, after_step=None):
                 f"val_loss {row['val_loss']:.4f}")
 
         finite = math.isfinite(train_loss) and math.isfinite(row.get("val_loss", 0))
-        if finite and saving:
-            finite = all(parameter.isfinite().all() for parameter in model.parameters())
+        if saving:      # a checkpoint is whole and can be gone on from
+            finite = finite and all(weight.isfinite().all() for weight in model.parameters())
         if not finite:
             status = "diverged"
-        elif last:
-            status = "finished"
-        elif stopping:
+        elif stopping and not last:
             status = "stopped"
-        else:
-            status = "running"
         progress.update(row)
         if log_file and (logging or not finite):
             # A row of a stopped run has no status: after --resume the rows are those of a run that
             # was never stopped.
-            if status in ("diverged", "finished"):
+            if last or not finite:
                 row["status"] = status
             write_row(log_file, [row.get(name, "") for name in LOG])
         if status == "diverged":
@@ -985,13 +981,11 @@ def load_config(given, config_class=Config):
 def sample(config, build_model=build):
     """Print a sample of the model in config.out_dir. Neither its text nor another folder is needed.
     Raises ValueError if there is no trained model, or no tokenizer."""
-    path = Path(config.out_dir, "ckpt.pt")
-    checkpoint = load(path)
-    require(checkpoint["progress"]["step"] > 0, f"{config.out_dir} has no trained model yet")
     check(config)
     device, autocast = open_device(config)
     model, _ = build_model(config, device)
-    load_weights(path, model, checkpoint)
+    checkpoint = load_weights(Path(config.out_dir, "ckpt.pt"), model)
+    require(checkpoint["progress"]["step"] > 0, f"{config.out_dir} has no trained model yet")
     print_sample(model, checkpoint["data"].get("tokenizer"), config, autocast)
 
 
