@@ -7,6 +7,7 @@ since a wrong factor or axis is as wrong at width 32 as at 4096.
 """
 import codecs
 import csv
+import errno
 import fcntl
 import gzip
 import hashlib
@@ -22,6 +23,7 @@ import resource
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import threading
@@ -1574,31 +1576,20 @@ def prepared(out, *argv):
     return None
 
 
+def put(folder, files):
+    """Writes files, {name: text or bytes}. Returns the folder."""
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return folder
+
+
 def forked(function):
     """A started process that runs function, without importing everything again."""
     started = multiprocessing.get_context("fork").Process(target=function)
     started.start()
     return started
-
-
-def killed_at_rename(number, out, *argv):
-    """prepare_data.py in another process, killed right after it has renamed so many files."""
-    def main():
-        rename = os.replace
-        renamed = []
-
-        def rename_and_die(*paths):
-            rename(*paths)
-            renamed.append(paths)
-            if len(renamed) == number:
-                os.kill(os.getpid(), 9)
-
-        os.replace = rename_and_die
-        prepared(out, *argv)
-
-    started = forked(main)
-    started.join()
-    assert started.exitcode == -9
 
 
 def token_file(tokens, magic=20240520, version=1, dtype="<u2"):
@@ -1608,6 +1599,11 @@ def token_file(tokens, magic=20240520, version=1, dtype="<u2"):
     return header.tobytes() + np.asarray(tokens, dtype).tobytes()
 
 
+def raw(*tokens, dtype="<u2"):
+    """Content of a token file of nanoGPT."""
+    return np.array(tokens, dtype).tobytes()
+
+
 def all_tokens(folder):
     """[train, val]: the tokens of a data folder as lists."""
     train, val, _ = read_folder(folder)
@@ -1615,51 +1611,14 @@ def all_tokens(folder):
 
 
 def text_of(folder):
-    """[train, val]: the bytes of a data folder whose tokens are bytes."""
-    return [bytes(tokens) for tokens in all_tokens(folder)]
-
-
-def documents_of(tokens, end=260):
-    """The documents in a list of tokens, as lists of tokens. Each must end with end-of-text."""
-    documents = []
-    document = []
-    for token in tokens:
-        if token == end:
-            documents.append(document)
-            document = []
-        else:
-            document.append(token)
-    assert document == []
-    return documents
+    """The text of a data folder whose tokens are bytes."""
+    train, val = all_tokens(folder)
+    return bytes(train + val)
 
 
 def content_of(folder):
     """{path: bytes} of all files below a folder."""
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def shards_folder(folder, vocab_size=261, **counts):
-    """Makes a folder with so many of llm.c's shards a split. Returns {file's name: tokens}."""
-    folder.mkdir()
-    random = np.random.default_rng(0)
-    shards = {}
-    for split, count in counts.items():
-        for number in range(count):
-            tokens = random.integers(0, vocab_size, 300).tolist()
-            shards[f"web_{split}_{number:06d}.bin"] = tokens
-            (folder / f"web_{split}_{number:06d}.bin").write_bytes(token_file(tokens))
-    return shards
-
-
-def nanogpt_folder(folder, vocab_size=65, dtype="<u2"):
-    """A data folder of nanoGPT: [tokens for training, tokens for validation], without a header."""
-    folder.mkdir(parents=True)
-    tokens = np.random.default_rng(0).integers(0, vocab_size, 1000).astype(dtype)
-    tokens[:900].tofile(folder / "train.bin")
-    tokens[900:].tofile(folder / "val.bin")
-    (folder / "input.txt").write_text("First Citizen: speak.\n" * 20)
-    (folder / "meta.pkl").write_bytes(b"\x80\x04}.")
-    return [tokens[:900].tolist(), tokens[900:].tolist()]
 
 
 @pytest.fixture
@@ -1683,48 +1642,38 @@ STORED = {      # a file's name: what it holds
     "windows.txt": GERMAN.replace("\n", "\r\n").encode(),
     "notepad.txt": codecs.BOM_UTF16_LE + GERMAN.encode("utf-16-le"),
     "big_endian.txt": codecs.BOM_UTF16_BE + GERMAN.encode("utf-16-be"),
-    "wide.txt": GERMAN.encode("utf-32"),
     "packed.txt.gz": gzip.compress(GERMAN.encode()),
     "packed_without_saying_so.txt": gzip.compress(GERMAN.encode("utf-16")),
     "not_packed.txt.gz": GERMAN.encode(),
-    "UPPER.TXT": GERMAN.encode(),
     "UPPER.MD.GZ": gzip.compress(GERMAN.encode()),
-    "notes.md": GERMAN.encode(),
-    "lines.jsonl": json.dumps({"text": GERMAN}).encode(),
-    "windows.jsonl": json.dumps({"text": GERMAN.replace("\n", "\r\n")}).encode(),
+    "windows.jsonl": b"\n" + json.dumps({"text": GERMAN}).encode() + b"\r\n\r\n",
     "lines.JSONL.gz": gzip.compress(json.dumps({"text": GERMAN}).encode("utf-16")),
 }
 
 
 @pytest.mark.parametrize("name", STORED)
 def test_a_text_is_read_however_it_is_stored(name, tmp_path):
-    (tmp_path / name).write_bytes(STORED[name])
+    put(tmp_path, {name: STORED[name]})
     assert prepared(tmp_path / "out", tmp_path / name) is None
-    assert b"".join(text_of(tmp_path / "out")) == GERMAN.encode()
+    assert text_of(tmp_path / "out") == GERMAN.encode()
 
 
 REFUSED = {     # a file's name: (what it holds, words of the sentence)
-    "latin.txt": (GERMAN.encode("latin-1"), "not UTF-8 at line 1, byte 8 (0xdf)"),
-    "later.txt": (b"norm\nnorm\n" + "ä".encode() + b"\xe4\n", "at line 3, byte 13 (0xe4)"),
-    "marked.txt": (codecs.BOM_UTF8 + b"\n\xff", "not UTF-8 at line 2, byte 5 (0xff)"),
-    "half.txt": ("ä".encode()[:1], "not UTF-8 at line 1, byte 1"),
-    "packed.txt.gz": (gzip.compress(b"\n\xff"), "not UTF-8 at line 2, byte 2"),
-    "odd.txt": ("a\nb".encode("utf-16") + b"c", "not UTF-16 at line 2, byte 9"),
-    "lonely.txt": (codecs.BOM_UTF16_LE + b"\n\0\0\xd8a\0", "not UTF-16 at line 2, byte 5"),
-    "unmarked.txt": ("norm".encode("utf-16-le"), "iconv -f utf-16le"),
-    "unmarked_be.txt": ("norm".encode("utf-16-be"), "iconv -f utf-16be"),
-    "word.txt": (b"PK\x03\x04norm", "a zip file"),
-    "page.txt": (b"%PDF-1.7", "a PDF file"),
-    "tar.txt": (b"\xfd7zXZ\x00norm", "an xz file"),
-    "web.txt": (b"\x28\xb5\x2f\xfdnorm", "a zstd file"),
-    "old.txt": (b"BZh91AY&SYnorm", "a bzip2 file"),
-    "twice.txt.gz": (gzip.compress(gzip.compress(b"norm")), "by gzip twice"),
-    "cut.txt.gz": (gzip.compress(b"norm\n" * 100)[:-9], "damaged or cut short"),
-    "wrong.txt.gz": (gzip.compress(b"norm\n" * 100)[:-6] + b"wrong!", "damaged or cut short"),
-    "rubbish.txt.gz": (b"\x1f\x8b\x08\0\0\0\0\0\0\xff" + b"\xff" * 99, "damaged or cut short"),
-    "empty.txt": (b"", "is empty"),
-    "empty.md.gz": (gzip.compress(b""), "is empty"),
-    "empty.jsonl": (b"\n\n", "is empty"),
+    "latin.txt": (GERMAN.encode("latin-1"), ", line 1: this is neither UTF-8 nor UTF-16"),
+    "later.txt": (b"norm\r\nnorm\n\xe4\n", ", line 3: this is neither UTF-8 nor"),
+    "half.txt": ("ä".encode()[:1], "iconv converts"),
+    "packed.txt.gz": (gzip.compress(b"\n\xff"), ", line 2: "),
+    "unmarked.txt": ("norm".encode("utf-16-le"), "with a byte order mark; iconv"),
+    "wide.txt": ("norm".encode("utf-32"), "iconv"),
+    "later_zero.jsonl": (b'{"text": "norm"}\n' * 9999 + b"\0", ", line 10,000: this is neither"),
+    "odd.txt": ("a\nb".encode("utf-16") + b"c", "is damaged after line "),
+    "lonely.txt": (codecs.BOM_UTF16_LE + b"\n\0\0\xd8a\0", "is damaged after line "),
+    "word.txt": (b"PK\x03\x04\0norm", "iconv"),
+    "twice.txt.gz": (gzip.compress(gzip.compress(b"norm")), "iconv"),
+    "cut.txt.gz": (gzip.compress(b"norm\n" * 100)[:-9], "is damaged after line "),
+    "wrong.txt.gz": (gzip.compress(b"norm\n" * 100)[:-6] + b"wrong!", "is damaged after line "),
+    "rubbish.txt.gz": (b"\x1f\x8b\x08\0\0\0\0\0\0\xff" + b"\xff" * 99, "is damaged after line "),
+    "empty.md.gz": (gzip.compress(b""), "is empty or too short"),
     "short.txt": (b"a", "none is left for val"),
     "book.text": (b"norm", "ends in .txt, .md or .jsonl"),
     "tokens.bin": (token_file([1, 2]), "of token files give the folder"),
@@ -1734,27 +1683,10 @@ REFUSED = {     # a file's name: (what it holds, words of the sentence)
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_no_text_is_refused_by_name_and_place(name, tmp_path):
     content, words = REFUSED[name]
-    (tmp_path / name).write_bytes(content)
+    put(tmp_path, {name: content})
     sentence = prepared(tmp_path / "out", tmp_path / name)
     assert words in sentence and f"{tmp_path / name}" in sentence
-    assert not list(tmp_path.glob("out/[a-z]*"))
-
-
-@pytest.mark.parametrize("name, pack", (("Anna's & B.txt", bytes), ("b.TXT.gz", gzip.compress)))
-def test_the_command_that_is_printed_converts_the_file(name, pack, tmp_path):
-    if not shutil.which("iconv"):
-        pytest.skip("there is no iconv")
-    (tmp_path / name).write_bytes(pack(GERMAN.encode("cp1252")))
-    sentence = prepared(tmp_path / "out", tmp_path / name)
-    command = re.search("Windows-1252, (.*) converts it", sentence)[1]
-    subprocess.run(command, shell=True, check=True)
-    converted, = tmp_path.glob("*.utf8.txt")
-    assert converted.read_text() == GERMAN
-
-
-def test_a_missing_file_is_said_to_be_missing(tmp_path):
-    sentence = prepared(tmp_path / "out", tmp_path / "misisng.txt")
-    assert f"there is no file or folder {tmp_path}/misisng.txt" in sentence
+    assert list(tmp_path.iterdir()) == [tmp_path / name]
 
 
 BAD_LINES = {       # the second line of a .jsonl file: words of the sentence
@@ -1769,167 +1701,147 @@ BAD_LINES = {       # the second line of a .jsonl file: words of the sentence
 
 @pytest.mark.parametrize("line", BAD_LINES)
 def test_a_line_of_jsonl_without_the_text_is_named(line, tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": "norm"}\n' + line + "\n")
+    put(tmp_path, {"a.jsonl": '{"text": "norm"}\n' + line + "\n"})
     sentence = prepared(tmp_path / "out", tmp_path / "a.jsonl")
-    assert f"{tmp_path}/a.jsonl, line 2: {BAD_LINES[line]}" in sentence or (
-        f"{tmp_path}/a.jsonl, line 2: " in sentence and BAD_LINES[line] in sentence)
+    assert f"{tmp_path}/a.jsonl, line 2: " in sentence and BAD_LINES[line] in sentence
 
 
 def test_another_field_of_jsonl_can_be_the_text(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": "no", "content": "norm\\nνορμ"}\n\n' * 9)
+    put(tmp_path, {"a.jsonl": '{"text": "no", "content": "norm\\nνορμ"}\n\n' * 9})
     assert prepared(tmp_path / "out", tmp_path / "a.jsonl", "--field=content") is None
-    assert b"".join(text_of(tmp_path / "out")).decode() == "norm\nνορμ" * 9
+    assert text_of(tmp_path / "out").decode() == "norm\nνορμ" * 9
 
 
-def test_a_folder_gives_its_texts_and_names_what_it_leaves_out(tmp_path, capsys):
-    source = tmp_path / "in"
-    (source / "deep").mkdir(parents=True)
-    (tmp_path / "far").mkdir()
-    for path in ("in/a.txt", "in/deep/B.TXT", "in/c.md", "far/d.txt"):
-        (tmp_path / path).write_text(f"[{path}]" + "norm\n" * 40)
-    (source / "e.jsonl").write_text('{"text": "[in/e.jsonl]norm"}')
+def test_a_folder_gives_its_texts_also_the_linked_ones(tmp_path):
+    source = put(tmp_path / "in", {"a.txt": "[1]norm\n" * 9, "deep/B.TXT": "[2]norm\n" * 9,
+                                   "e.jsonl": '{"text": "[3]norm"}\n' * 9})
+    put(tmp_path / "far", {"c.md": "[4]norm\n" * 9})
     (source / "linked").symlink_to(tmp_path / "far")
-    (source / "empty.txt").touch()
-    (source / "broken.txt").symlink_to("nowhere.txt")
-    for number in range(7):
-        (source / f"{number}.pdf").write_bytes(b"%PDF-1.7")
+    (source / "linked_again").symlink_to(tmp_path / "far")
+    (source / "itself").symlink_to(source)
     assert prepared(tmp_path / "out", source) is None
-    text = b"".join(text_of(tmp_path / "out"))
-    for path in ("in/a.txt", "in/deep/B.TXT", "in/c.md", "far/d.txt", "in/e.jsonl"):
-        assert text.count(f"[{path}]".encode()) == 1
-    said = capsys.readouterr().out
-    names = "0.pdf, 1.pdf, 2.pdf, 3.pdf, 4.pdf and 2 more"
-    assert f"left out (not .txt, .md or .jsonl): {names}\n" in said
-    assert "left out (empty): empty.txt\n" in said
-    assert "left out (no file, or a broken link): broken.txt\n" in said
+    text = text_of(tmp_path / "out")
+    assert [text.count(mark) for mark in (b"[1]", b"[2]", b"[3]", b"[4]")] == [9, 9, 9, 9]
 
 
-def test_a_folder_that_links_to_itself_is_read_once(tmp_path):
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in/a.txt").write_text(GERMAN)
-    (tmp_path / "in/again").symlink_to(tmp_path / "in")
+HIDDEN = (".git/a.txt", ".venv/lib/LICENSE.txt", "deep/.ipynb_checkpoints/b.txt", ".c.txt",
+          "__MACOSX/._book.txt", "deep/._book.txt")
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_hidden_files_of_a_folder_are_left_out_with_a_word(name, tmp_path, capsys):
+    put(tmp_path / "in", {"book.txt": GERMAN, name: b"\0no text"})
     assert prepared(tmp_path / "out", tmp_path / "in") is None
-    assert b"".join(text_of(tmp_path / "out")) == GERMAN.encode()
+    said = re.search(r"left out \(hidden\): (\S+)\n", capsys.readouterr().out)[1]
+    assert f"{tmp_path}/in/{name}".startswith(said)
 
 
-@pytest.mark.parametrize("holds, words", (
-    ({}, "has no text (.txt, .md or .jsonl) and no token files"),
-    ({"a.pdf": b"%PDF-"}, "has no text"),
-    ({"a.txt": b"", "b.txt": b""}, "is empty"),
-    ({"a.txt": b"norm", "b.txt": b"\xff"}, "b.txt is not UTF-8"),
-))
-def test_a_folder_without_a_right_text_is_refused(holds, words, tmp_path):
-    (tmp_path / "in").mkdir()
-    for name, content in holds.items():
-        (tmp_path / "in" / name).write_bytes(content)
-    assert words in prepared(tmp_path / "out", tmp_path / "in")
-
-
-def test_the_report_tells_files_encodings_and_the_first_words(tiny_encoding, tmp_path, capsys):
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in/a.txt").write_text("Once upon a ν.\n" * 50)
-    (tmp_path / "in/b.txt").write_text("norm\n" * 50, encoding="utf-16")
-    assert prepared(tmp_path / "out", tmp_path / "in", "--tokenizer=gpt2") is None
-    train, val = all_tokens(tmp_path / "out")
+def test_what_is_left_out_of_a_folder_is_named(tmp_path, capsys):
+    put(tmp_path / "in", {"a.txt": GERMAN, "empty.txt": "", **dict.fromkeys("012345", "")})
+    (tmp_path / "in/broken.txt").symlink_to("nowhere.txt")
+    assert prepared(tmp_path / "out", tmp_path / "in") is None
     said = capsys.readouterr().out
-    assert f"{tmp_path}/out: 2 file(s) (1 in utf-8, 1 in utf-16), 1,000 characters, " in said
-    assert f"{len(train):,} tokens to train on and {len(val):,} to validate on" in said
-    assert "it begins: 'Once upon a ν.\\nOnce" in said
+    assert f"left out (empty): {tmp_path}/in/empty.txt\n" in said
+    assert re.search(r"left out \(no .txt, .md or .jsonl file\): .*/0, .*/4 and 2 more\n", said)
 
 
-def test_the_first_words_end_with_a_whole_character(tmp_path, capsys):
-    (tmp_path / "a.txt").write_text("a" + "ν" * 200)
+@pytest.mark.parametrize("files, words", (
+    ({"a.pdf": b"%PDF-"}, "has no text (.txt, .md or .jsonl) and no token files"),
+    ({"a.txt": b"", "b.txt": b""}, "is empty or too short"),
+    ({"a.txt": b"norm", "b.txt": b"\xff"}, "b.txt, line 1: "),
+))
+def test_a_folder_without_a_right_text_is_refused(files, words, tmp_path):
+    assert words in prepared(tmp_path / "out", put(tmp_path / "in", files))
+
+
+def test_the_report_begins_as_the_text_in_whole_characters(tmp_path, capsys):
+    put(tmp_path, {"a.txt": "a" + "ν" * 200})
     assert prepared(tmp_path / "out", tmp_path / "a.txt") is None
-    assert f"it begins: {'a' + 31 * 'ν'!r}\n" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"{tmp_path}/out: 381 tokens to train on and 20 to validate on\n" in said
+    assert f"it begins: {'a' + 31 * 'ν'!r}\n" in said
 
 
 # ------------------------------------------------------------------------------------------------
 # prepare_data.py: splits, documents and tokens
 
 
-def test_of_many_files_each_goes_to_one_split_and_stays_there(tmp_path):
-    texts = []
-    for number in range(240):
-        texts.append(f"[text {number}: {'norm ' * 9}]".encode())
-        folder = tmp_path / f"in/{number % 3}"
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{number}.txt").write_bytes(texts[-1])
-    splits = []
-    for _ in range(2):
-        assert prepared(tmp_path / "out", tmp_path / "in") is None
-        train, val = text_of(tmp_path / "out")
-        splits.append([text in val for text in texts])
-        for text, in_val in zip(texts, splits[-1]):
-            assert (text in train) == (not in_val)
-        (tmp_path / "in/0/another.txt").write_text("norm")
-    assert splits[0] == splits[1] and 0 < sum(splits[0]) < 30
+def test_each_of_many_files_goes_to_one_split_and_stays_there(tmp_path):
+    texts = [f"[text {number}]".encode() for number in range(240)]
+    put(tmp_path / "in", {f"{number}.txt": text for number, text in enumerate(texts)})
+    put(tmp_path / "in", {os.fsdecode(b"\xfc.txt"): "a name that is not UTF-8"})
+    assert prepared(tmp_path / "out", tmp_path / "in") is None
+    val = bytes(all_tokens(tmp_path / "out")[1])
+    assert [number for number in range(240) if texts[number] in val] == [
+        58, 110, 114, 162, 183, 184, 187, 201, 207, 219]
 
 
-def test_standard_library_is_always_split_the_same(tmp_path):
-    """Once here, once in a process with other string hashes."""
-    meta = prepare_data.prepare_stdlib(tmp_path / "a", progress=False)
-    done = process(HERE / "prepare_data.py", f"--out={tmp_path / 'b'}", PYTHONHASHSEED="7")
-    assert done.returncode == 0
-    assert meta == read_folder(tmp_path / "a")[2] == read_folder(tmp_path / "b")[2]
-
-
-def test_standard_library_is_read_as_ever_even_if_it_is_not_utf8(tmp_path, monkeypatch):
-    """Measurements rest on these bytes."""
-    (tmp_path / "lib/test").mkdir(parents=True)
-    contents = {
+def small_library(folder, monkeypatch):
+    """A standard library in place of Python's: {file's name: text}."""
+    files = {
         "a.py": "# ünï\r\nnorm\n".encode() * 50,
         "latin.py": "# -*- coding: latin-1 -*-\n# ünï\n".encode("latin-1") * 50,
-        "marked.py": codecs.BOM_UTF8 + b"norm\n" * 50,
     }
-    for name, content in contents.items():
-        (tmp_path / "lib" / name).write_bytes(content)
-        (tmp_path / "lib/test" / name).write_text("not this one")
-    monkeypatch.setattr(prepare_data.sysconfig, "get_paths", lambda: {"stdlib": tmp_path / "lib"})
+    others = {"test/b.py": "norm", "site-packages/c.py": "norm", "d.txt": "norm", "empty.py": ""}
+    put(folder, {**files, **others})
+    monkeypatch.setattr(prepare_data.sysconfig, "get_paths", lambda: {"stdlib": folder})
+    return [file.decode("utf-8", "replace").replace("\r\n", "\n") for file in files.values()]
+
+
+def test_standard_library_is_read_as_ever_even_if_not_utf8(tmp_path, monkeypatch):
+    """Measurements rest on these bytes."""
+    texts = small_library(tmp_path / "lib", monkeypatch)
     prepare_data.prepare_stdlib(tmp_path / "out", progress=False)
-    expected = [content.decode("utf-8", "replace").replace("\r\n", "\n")
-                for content in contents.values()]
-    train, val = text_of(tmp_path / "out")
-    cuts = [round(len(text) * 0.95) for text in expected]
-    assert train.decode() == "".join(text[:cut] for text, cut in zip(expected, cuts))
-    assert val.decode() == "".join(text[cut:] for text, cut in zip(expected, cuts))
+    train, val = all_tokens(tmp_path / "out")
+    cuts = [round(len(text) * 0.95) for text in texts]
+    assert bytes(train).decode() == "".join(text[:cut] for text, cut in zip(texts, cuts))
+    assert bytes(val).decode() == "".join(text[cut:] for text, cut in zip(texts, cuts))
 
 
-def test_names_that_are_not_utf8_are_split_too():
-    texts = [prepare_data.Text(None, os.fsdecode(b"%d-\xfc.txt" % number), characters=10)
-             for number in range(prepare_data.SPLIT_BY_FILE_FROM)]
-    prepare_data.share_out(texts)
-    assert {text.for_training for text in texts} == {0, 10}
+def test_two_processes_may_prepare_one_library_at_once(tmp_path, monkeypatch):
+    small_library(tmp_path / "lib", monkeypatch)
+    both = multiprocessing.get_context("fork").Barrier(2)
+    write_tokens = prepare_data.write_tokens
+
+    def write_at_once(*args):
+        both.wait()
+        return write_tokens(*args)
+
+    monkeypatch.setattr(prepare_data, "write_tokens", write_at_once)
+    processes = [forked(lambda: prepare_data.prepare_stdlib(tmp_path / "out")) for _ in range(2)]
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    read_folder(tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"lib", "out"}
 
 
-def test_standard_library_is_there_once_without_what_is_installed_beside_it(tmp_path):
-    meta = prepare_data.prepare_stdlib(tmp_path, progress=False)
-    text = b"".join(text_of(tmp_path))
-    for module, times in ((os, 1), (json, 1), (pytest, 0)):
-        assert text.count(Path(module.__file__).read_bytes()) == times
-    assert 0.02 < meta["val"]["bytes"] / len(text) < 0.1
+def documents_of(tokens, end=260):
+    """The documents in a list of tokens, as lists of tokens. Each must end with end-of-text."""
+    documents = [[]]
+    for token in tokens:
+        if token == end:
+            documents.append([])
+        else:
+            documents[-1].append(token)
+    assert documents.pop() == []
+    return documents
 
 
 def test_tokens_of_many_pieces_are_those_of_the_whole_text(tiny_encoding, tmp_path, monkeypatch):
     """Of few files the last part of each is for validation; both parts end with end-of-text."""
-    texts = []
-    (tmp_path / "in").mkdir()
-    for number in range(3):
-        texts.append("".join(f"norm {number}-{line} ä\n" for line in range(300)))
-        (tmp_path / f"in/{number}.txt").write_text(texts[-1])
+    texts = ["".join(f"norm {number}-{line} ä\n" for line in range(300)) for number in range(3)]
+    put(tmp_path / "in", {f"{number}.txt": text for number, text in enumerate(texts)})
     monkeypatch.setattr(prepare_data, "CHUNK", 100)
     assert prepared(tmp_path / "out", tmp_path / "in", "--tokenizer=gpt2") is None
     train, val = map(documents_of, all_tokens(tmp_path / "out"))
-    assert len(train) == len(val) == 3
-    for text, train_part, val_part in zip(texts, train, val):
-        beginning = tiny_encoding.decode(train_part)
-        assert beginning + tiny_encoding.decode(val_part) == text
-        assert 0.94 < len(beginning) / len(text) < 0.96
-        assert train_part == tiny_encoding.encode_ordinary(beginning)
-        assert val_part == tiny_encoding.encode_ordinary(text[len(beginning):])
+    cuts = [round(len(text) * 0.95) for text in texts]
+    assert train == [tiny_encoding.encode(text[:cut]) for text, cut in zip(texts, cuts)]
+    assert val == [tiny_encoding.encode(text[cut:]) for text, cut in zip(texts, cuts)]
 
 
 def test_meta_json_tells_what_the_token_files_hold(tiny_encoding, tmp_path):
-    (tmp_path / "a.txt").write_text("norm ä " * 100)
+    put(tmp_path, {"a.txt": "norm ä " * 100})
     assert prepared(tmp_path / "out", tmp_path / "a.txt", "--tokenizer=gpt2") is None
     meta = json.loads((tmp_path / "out/meta.json").read_text())
     assert (meta["tokenizer"], meta["vocab_size"]) == ("gpt2", 261)
@@ -1940,11 +1852,18 @@ def test_meta_json_tells_what_the_token_files_hold(tiny_encoding, tmp_path):
                                "sha256": hashlib.sha256(token_file(tokens)).hexdigest()}
 
 
-def test_a_long_line_is_cut(tmp_path, monkeypatch):
+def test_a_long_line_is_encoded_in_pieces(tmp_path, monkeypatch):
+    lengths = []
+    encode = prepare_data.ByteTokenizer.encode
+
+    def watched(self, text):
+        lengths.append(len(text))
+        return encode(self, text)
+
     monkeypatch.setattr(prepare_data, "CHUNK", 100)
-    (tmp_path / "a.txt").write_text("ν" * 1050 + "\n" + "μ" * 30)
-    with open(tmp_path / "a.txt") as file:
-        lengths = [len(piece) for piece in prepare_data.text_pieces(file)]
+    monkeypatch.setattr(prepare_data.ByteTokenizer, "encode", watched)
+    put(tmp_path, {"a.txt": "ν" * 1050 + "\n" + "μ" * 30})
+    assert prepared(tmp_path / "out", tmp_path / "a.txt") is None
     assert sum(lengths) == 1081 and max(lengths) <= 200
 
 
@@ -1952,55 +1871,47 @@ def test_a_long_line_is_cut(tmp_path, monkeypatch):
 def test_tokens_of_a_large_vocabulary_take_four_bytes(size, dtype, tmp_path, monkeypatch):
     tokenizer = prepare_data.ByteTokenizer()
     tokenizer.vocab_size = size
-    tokenizer.encode = lambda texts: [[size - 1] * len(text) for text in texts]
+    tokenizer.encode = lambda text: [size - 1] * len(text)
     monkeypatch.setattr(prepare_data, "get_tokenizer", lambda name: tokenizer)
-    (tmp_path / "a.txt").write_text("norm " * 100)
+    put(tmp_path, {"a.txt": "norm " * 100})
     prepare_data.prepare_text(tmp_path / "a.txt", tmp_path / "out", progress=False)
     tokens = read_tokens(tmp_path / "out/train.bin")
     assert tokens.dtype == dtype and tokens.tolist() == [size - 1] * 475
 
 
-SEPARATED = {       # a file's name: what it holds, of the documents "norm 0", "norm 1", …
-    "marks.txt": "\n<|endoftext|>\n".join(f"norm {i}" for i in range(40)),
-    "marks_to_the_end.txt": "".join(f"norm {i}\n<|endoftext|>\n" for i in range(40)),
-    "marks_twice.txt": "".join(f"<|endoftext|>\nnorm {i}\n<|endoftext|> \n" for i in range(40)),
-    "lines.jsonl": "".join(json.dumps({"text": f"norm {i}"}) + "\n" for i in range(40)),
-    "lines_some_empty.jsonl": "".join('{"text": ""}\n\n' + json.dumps({"text": f"norm {i}"}) + "\n"
-                                      for i in range(40)),
+SEPARATED = {       # a file's name: what it holds, of 40 times the document "norm"
+    "marks.txt": "norm\n<|endoftext|>\n" * 39 + "norm\n",
+    "marks_to_the_end.txt": "norm\n<|endoftext|>\n" * 40,
+    "marks_twice.txt": "<|endoftext|>\r\nnorm\n<|endoftext|> \n" * 40,
+    "lines.jsonl": '{"text": "norm\\n"}\n' * 40,
+    "some_empty.jsonl": '{"text": ""}\n\n{"text": "norm\\n"}\n' * 40,
 }
 
 
 @pytest.mark.parametrize("name", SEPARATED)
 def test_each_document_ends_with_the_end_of_text_token(name, tiny_encoding, tmp_path):
-    """One of them is cut where validation begins, so that its parts count as two."""
-    (tmp_path / name).write_text(SEPARATED[name])
+    put(tmp_path, {name: SEPARATED[name]})
     assert prepared(tmp_path / "out", tmp_path / name, "--tokenizer=gpt2") is None
-    train, val = map(documents_of, all_tokens(tmp_path / "out"))
-    texts = [tiny_encoding.decode(document) for document in train + val]
-    cut = len(train) - 1
-    if len(texts) == 41:
-        texts[cut:cut + 2] = [texts[cut] + texts[cut + 1]]
-    assert [text.strip() for text in texts] == [f"norm {i}" for i in range(40)]
-    assert 1 <= len(val) <= 4
+    document = tiny_encoding.encode("norm\n") + [260]
+    assert all_tokens(tmp_path / "out") == [document * 38, document * 2]
 
 
-def test_validation_may_begin_with_a_document(tiny_encoding, tmp_path):
-    """Then no empty document is written before it."""
-    (tmp_path / "a.jsonl").write_text('{"text": "norm norm"}\n' * 20)
+def test_a_document_across_the_border_becomes_two(tiny_encoding, tmp_path):
+    put(tmp_path, {"a.jsonl": '{"text": "norm norm"}\n' * 10})
     assert prepared(tmp_path / "out", tmp_path / "a.jsonl", "--tokenizer=gpt2") is None
-    document = tiny_encoding.encode_ordinary("norm norm") + [260]
-    assert all_tokens(tmp_path / "out") == [document * 19, document]
+    train, val = map(documents_of, all_tokens(tmp_path / "out"))
+    assert len(train) == 10 and tiny_encoding.decode(train[-1] + val[0]) == "norm norm"
 
 
-def test_marks_stay_text_for_a_tokenizer_without_end_of_text_and_that_is_said(tmp_path, capsys):
-    (tmp_path / "a.txt").write_text(SEPARATED["marks.txt"])
+def test_marks_that_stay_text_are_counted(tmp_path, capsys):
+    put(tmp_path, {"a.txt": SEPARATED["marks.txt"]})
     assert prepared(tmp_path / "out", tmp_path / "a.txt") is None
-    assert b"".join(text_of(tmp_path / "out")).decode() == SEPARATED["marks.txt"]
+    assert text_of(tmp_path / "out").decode() == SEPARATED["marks.txt"]
     assert "<|endoftext|> stays text in 39 places" in capsys.readouterr().out
 
 
-def test_marks_within_a_line_stay_text_and_that_is_said(tiny_encoding, tmp_path, capsys):
-    (tmp_path / "a.txt").write_text("norm <|endoftext|>\n" * 50 + "norm")
+def test_marks_within_a_line_stay_text(tiny_encoding, tmp_path, capsys):
+    put(tmp_path, {"a.txt": "norm <|endoftext|>\n" * 50})
     assert prepared(tmp_path / "out", tmp_path / "a.txt", "--tokenizer=gpt2") is None
     assert "<|endoftext|> stays text in 50 places" in capsys.readouterr().out
 
@@ -2009,58 +1920,46 @@ def test_an_encoding_without_end_of_text_has_no_separators(tmp_path, monkeypatch
     encoding = tiktoken.Encoding("none", pat_str=r"\S+|\s+", special_tokens={"<s>": 256},
                                  mergeable_ranks={bytes([i]): i for i in range(256)})
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: encoding)
-    (tmp_path / "a.jsonl").write_text('{"text": "norm"}\n' * 50)
+    put(tmp_path, {"a.jsonl": '{"text": "norm"}\n' * 50})
     assert prepared(tmp_path / "out", tmp_path / "a.jsonl", "--tokenizer=gpt2") is None
-    assert b"".join(text_of(tmp_path / "out")) == b"norm" * 50
+    assert text_of(tmp_path / "out") == b"norm" * 50
 
 
-def test_half_a_million_blanks_are_refused_by_name_of_the_file(tiny_encoding, tmp_path):
-    (tmp_path / "a.txt").write_text("norm" + " " * 10 ** 6 + "norm")
+def test_a_prompt_may_name_the_end_of_text(tiny_encoding):
+    prompt = "norm<|endoftext|>norm"
+    assert prepare_data.get_tokenizer("gpt2").encode_prompt(prompt) == [258, 260, 258]
+    tokenizer = prepare_data.get_tokenizer("byte")
+    assert tokenizer.decode(tokenizer.encode_prompt(prompt)) == prompt
+
+
+def test_half_a_million_blanks_are_refused_by_name(tiny_encoding, tmp_path):
+    put(tmp_path, {"a.txt": "norm" + " " * 10 ** 6 + "norm"})
     sentence = prepared(tmp_path / "out", tmp_path / "a.txt", "--tokenizer=gpt2")
     assert f"{tmp_path}/a.txt: 500,000 blanks or more" in sentence
 
 
-def test_a_text_at_which_tiktoken_panics_is_named(tmp_path, monkeypatch):
-    class PanicException(BaseException):
-        pass
-
-    class Panics:
-        n_vocab = 256
-        special_tokens_set = set()
-
-        def encode_ordinary(self, text):
-            raise PanicException("StackOverflow")
-
-    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: Panics())
-    (tmp_path / "a.txt").write_text("norm " * 50)
-    sentence = prepared(tmp_path / "out", tmp_path / "a.txt", "--tokenizer=gpt2")
-    assert f"{tmp_path}/a.txt: tiktoken cannot take this text (StackOverflow)" in sentence
-
-
 @pytest.mark.parametrize("val", ("val.txt", "val"))
-def test_validation_text_of_ones_own_is_all_that_is_validated_on(val, tmp_path):
+def test_validation_text_of_ones_own_is_all_of_it(val, tmp_path):
     """Also if it lies in the folder of the text: then it is not trained on."""
-    (tmp_path / "in/val").mkdir(parents=True)
-    (tmp_path / "in/train.txt").write_text("norm\n" * 40)
-    (tmp_path / "in/val.txt").write_text("sphere\n" * 9)
-    shutil.copy(tmp_path / "in/val.txt", tmp_path / "in/val/a.md")
-    (tmp_path / "in" / ("val/a.md" if val == "val.txt" else "val.txt")).unlink()
+    name = "val.txt" if val == "val.txt" else "val/a.md"
+    put(tmp_path / "in", {"train.txt": "norm\n", name: "sphere\n"})
     assert prepared(tmp_path / "out", tmp_path / "in", f"--val={tmp_path}/in/{val}") is None
-    assert text_of(tmp_path / "out") == [b"norm\n" * 40, b"sphere\n" * 9]
+    assert list(map(bytes, all_tokens(tmp_path / "out"))) == [b"norm\n", b"sphere\n"]
 
 
 # ------------------------------------------------------------------------------------------------
 # prepare_data.py: data folders
 
 
-def test_shards_are_one_stream_wherever_they_are_cut(tmp_path):
+@pytest.mark.parametrize("open_files", (100, 1))
+def test_shards_are_one_stream_wherever_they_are_cut(open_files, tmp_path, monkeypatch):
     """Twice within one sequence, an empty shard, one token alone."""
+    monkeypatch.setattr(prepare_data, "MAX_OPEN", open_files)
     tokens = np.random.default_rng(0).integers(0, 2 ** 16, 400)
-    shards = {}
-    for number, part in enumerate(np.split(tokens, [3, 8, 8, 9, 200, 301])):
-        (tmp_path / f"{number}.bin").write_bytes(token_file(part))
-        shards[f"{number}.bin"] = len(part)
-    (tmp_path / "val.bin").write_bytes(token_file(tokens + 2 ** 16, 20240801, 7, "<u4"))
+    parts = np.split(tokens, [3, 8, 8, 9, 200, 301])
+    shards = {f"{number}.bin": len(part) for number, part in enumerate(parts)}
+    put(tmp_path, {f"{number}.bin": token_file(part) for number, part in enumerate(parts)})
+    put(tmp_path, {"val.bin": token_file(tokens + 2 ** 16, 20240801, 7, "<u4")})
     meta = {"vocab_size": 2 ** 17, "val": {"tokens": 400}, "train": {"shards": shards}}
     prepare_data.write_json(tmp_path / "meta.json", meta)
     train, val, _ = read_folder(tmp_path)
@@ -2069,135 +1968,119 @@ def test_shards_are_one_stream_wherever_they_are_cut(tmp_path):
         assert np.array_equal(train[start:stop], tokens[start:stop])
 
 
+def test_more_token_files_than_open_files_are_no_problem(tmp_path):
+    names = [f"train_{number}.bin" for number in range(300)] + ["val.bin"]
+    put(tmp_path / "in", dict.fromkeys(names, token_file([1, 2])))
+
+    def prepare_and_read():
+        resource.setrlimit(resource.RLIMIT_NOFILE, (250, 250))
+        assert prepared(tmp_path / "out", tmp_path / "in", "--vocab_size=3") is None
+        assert all_tokens(tmp_path / "out") == [[1, 2] * 300, [1, 2]]
+
+    process = forked(prepare_and_read)
+    process.join()
+    assert process.exitcode == 0
+
+
 @pytest.fixture
 def by_hand(tmp_path):
     """A data folder as someone may write it by hand: byte tokens from 0 to 255."""
-    for split in ("train", "val"):
-        (tmp_path / f"{split}.bin").write_bytes(token_file(range(256)))
-    (tmp_path / "meta.json").write_text('{"vocab_size": 256, "train": {"tokens": 256}, '
-                                        '"val": {"tokens": 256}}')
-    return tmp_path
+    meta = {"vocab_size": 256, "train": {"tokens": 256}, "val": {"tokens": 256}}
+    tokens = token_file(range(256))
+    return put(tmp_path, {"train.bin": tokens, "val.bin": tokens, "meta.json": json.dumps(meta)})
 
 
-def edited(folder, **changes):
-    """Edits meta.json, as in edited(folder, vocab_size=3, train_tokens=4). None: without it."""
+def edit(folder, split, **changes):
+    """Edits meta.json, or its entry of a split."""
     meta = json.loads((folder / "meta.json").read_text())
-    for key, value in changes.items():
-        entry = meta
-        split, _, rest = key.partition("_")
-        if split in ("train", "val") and rest:
-            entry = meta[split]
-            key = rest
-        entry[key] = value
-        if value is None:
-            del entry[key]
-    (folder / "meta.json").write_text(json.dumps(meta))
+    entry = meta[split] if split else meta
+    entry.update(changes)
+    put(folder, {"meta.json": json.dumps(meta)})
 
 
-def test_what_meta_json_may_lack_is_filled_in(by_hand):
+@pytest.mark.parametrize("wrong", ({}, {"bytes": 0}, {"largest": "3", "sha256": 3}))
+def test_what_meta_json_lacks_is_filled_in(wrong, by_hand):
+    edit(by_hand, "val", **wrong)
     _, _, meta = read_folder(by_hand)
     assert meta["tokenizer"] is None
     digest = hashlib.sha256(token_file(range(256))).hexdigest()
-    entry = {"tokens": 256, "bytes": None, "largest": 255, "sha256": digest}
-    assert meta["train"] == meta["val"] == entry
+    assert meta["val"] == {"tokens": 256, "bytes": None, "largest": 255, "sha256": digest}
 
 
-WRONG = {       # what is edited in meta.json: words of the sentence
-    "vocab_size": (None, "256", 0, -3, 2.5, True, []),
-    "tokenizer": ("gpt7", 3, ["byte"]),
-    "train": (None, 3, []),
-    "val": (None, "val.bin"),
-    "train_tokens": (None, "256", -1, 2.0, 255),
-    "val_bytes": ("1", 0, 1.5, False),
-    "val_shards": ({}, [], ["val.bin"], {"val.bin": "256"}, {"val.bin": None}, 3),
-    "train_format": ("uint8", 3),
-    "train_largest": ("3", -1, 2.5),
-    "val_sha256": (3, ["a"]),
-}
+WRONG = (       # split, what is edited in meta.json, its values
+    (None, "vocab_size", (None, "256", 0, -3, 2.5, True, [])),
+    (None, "train", (None, 3, [])),
+    ("train", "tokens", ("256", -1, 255)),
+    ("val", "shards", ({}, [], ["val.bin"], {"val.bin": "256"}, 3)),
+    ("train", "format", ("uint8", 3)),
+)
 
 
-@pytest.mark.parametrize("key, value", [(key, value) for key in WRONG for value in WRONG[key]])
-def test_a_wrong_field_of_meta_json_is_refused_by_its_name(key, value, by_hand):
-    edited(by_hand, **{key: value})
-    with pytest.raises(ValueError) as refusal:
-        read_folder(by_hand)
-    sentence = str(refusal.value)
-    assert str(by_hand) in sentence and key.split("_")[-1] in sentence and "\n" not in sentence
+@pytest.mark.parametrize("split, key, values", WRONG)
+def test_a_wrong_field_of_meta_json_is_refused_by_name(split, key, values, by_hand):
+    for value in values:
+        edit(by_hand, split, **{key: value})
+        with pytest.raises(ValueError, match=key if value != {"val.bin": "256"} else "'256'"):
+            read_folder(by_hand)
 
 
-def test_shards_must_have_as_many_tokens_as_their_split_says(by_hand):
-    edited(by_hand, train_shards={"train.bin": 256}, train_tokens=300)
-    with pytest.raises(ValueError, match='"tokens" is 300, but its shards have 256'):
+@pytest.mark.parametrize("content", ("{", "[]", "\0", None))
+def test_a_damaged_or_missing_meta_json_is_refused(content, by_hand):
+    put(by_hand, {"meta.json": content or ""})
+    if content is None:
+        (by_hand / "meta.json").unlink()
+    with pytest.raises(ValueError, match="meta.json is damaged|is no data folder"):
         read_folder(by_hand)
 
 
-@pytest.mark.parametrize("content, words", (
-    ("{", "meta.json is damaged"), ("[]", "meta.json is damaged"), ("\0", "meta.json is damaged"),
-    (None, "is no data folder"),
-))
-def test_a_damaged_or_missing_meta_json_is_refused(content, words, by_hand):
-    (by_hand / "meta.json").unlink()
-    if content is not None:
-        (by_hand / "meta.json").write_text(content)
-    with pytest.raises(ValueError, match=words):
-        read_folder(by_hand)
-
-
-HEADER = token_file(range(256))[:1024]
+WHOLE = token_file(range(256))
 DAMAGED = {     # what a token file holds: words of the sentence
-    b"\0" + token_file(range(256))[1:]: "is not a token file",
-    HEADER[:4] + b"\5" + token_file(range(256))[5:]: "is not a token file",
-    HEADER[:100]: "is not a token file",
-    b"": "is not a token file",
-    token_file(range(256))[:-1]: "was cut",
-    token_file(range(256)) + b"\0": "was cut",
+    b"\0" + WHOLE[1:]: "is not a token file",
+    WHOLE[:4] + b"\5" + WHOLE[5:]: "is not a token file",
+    WHOLE[:100]: "is not a token file",
+    WHOLE[:-1]: "was cut",
+    WHOLE + b"\0": "was cut",
     token_file([]): "has 0 tokens, but meta.json says 256",
+    None: "is missing",
 }
 
 
-@pytest.mark.parametrize("name", ("train.bin", "val.bin"))
 @pytest.mark.parametrize("content", DAMAGED, ids=range(len(DAMAGED)))
-def test_a_damaged_token_file_is_refused_by_name_and_nobody_says_delete(content, name, by_hand):
-    (by_hand / name).write_bytes(content)
-    with pytest.raises(ValueError, match=f"^{by_hand / name} {DAMAGED[content]}") as refusal:
-        read_folder(by_hand)
-    assert "delete" not in str(refusal.value)
-
-
-def test_a_missing_token_file_is_refused_by_name(by_hand):
+def test_a_damaged_token_file_is_refused_by_name(content, by_hand):
     (by_hand / "val.bin").unlink()
-    with pytest.raises(ValueError, match=f"^{by_hand}/val.bin is missing"):
+    if content is not None:
+        put(by_hand, {"val.bin": content})
+    with pytest.raises(ValueError, match=f"^{by_hand}/val.bin {DAMAGED[content]}"):
         read_folder(by_hand)
 
 
-@pytest.mark.parametrize("recorded", (None, 255))
-def test_a_vocabulary_too_small_for_its_tokens_is_found_by_file_and_token(recorded, by_hand):
-    edited(by_hand, vocab_size=255)
-    if recorded:
-        edited(by_hand, train_largest=recorded, train_sha256="0" * 64)
+@pytest.mark.parametrize("known", ({}, {"largest": 255, "sha256": "0"}))
+def test_tokens_beyond_the_vocabulary_are_refused(known, by_hand):
+    edit(by_hand, "train", **known)
+    edit(by_hand, None, vocab_size=255)
     with pytest.raises(ValueError, match=f"^{by_hand}/train.bin has the token 255, but a vocab"):
         read_folder(by_hand)
 
 
-def test_a_file_that_cannot_be_read_is_a_ValueError_too(by_hand, monkeypatch):
-    def forbidden(path):
-        raise PermissionError(13, "Permission denied", str(path))
+def test_a_file_that_cannot_be_read_is_a_value_error(by_hand, monkeypatch):
+    def forbidden(*args, **options):
+        raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(prepare_data, "read_json", forbidden)
-    with pytest.raises(ValueError, match=f"Permission denied: '{by_hand}/meta.json'"):
+    monkeypatch.setattr(np, "memmap", forbidden)
+    with pytest.raises(ValueError, match="Permission denied"):
         read_folder(by_hand)
 
 
-def test_tokens_are_not_read_again_where_meta_json_has_what_they_are(tmp_path, monkeypatch):
-    (tmp_path / "a.txt").write_text(GERMAN)
-    assert prepared(tmp_path / "out", tmp_path / "a.txt") is None
+def test_tokens_are_not_read_again_if_their_sha256_is_known(by_hand, monkeypatch):
+    for split in ("train", "val"):
+        edit(by_hand, split, largest=255, sha256="0")
     monkeypatch.setattr(prepare_data, "scan", None)
-    read_folder(tmp_path / "out")
+    read_folder(by_hand)
 
 
 def test_fingerprint_is_that_of_the_tokens_wherever_they_are(tmp_path):
-    for name, text in (("a", GERMAN), ("b", GERMAN), ("c", GERMAN[1:])):
-        (tmp_path / f"{name}.txt").write_text(text)
+    put(tmp_path, {"a.txt": GERMAN, "b.txt": GERMAN, "c.txt": GERMAN[1:]})
+    for name in "abc":
         assert prepared(tmp_path / name, tmp_path / f"{name}.txt") is None
     a, b, c = [fingerprint(read_folder(tmp_path / name)[2]) for name in "abc"]
     assert a == b != c and re.fullmatch("t[0-9a-f]{15}", a)
@@ -2207,214 +2090,200 @@ def test_fingerprint_is_that_of_the_tokens_wherever_they_are(tmp_path):
 # prepare_data.py: tokens that people have
 
 
-@pytest.mark.parametrize("option, tokenizer", (("--tokenizer=gpt2", "gpt2"),
-                                               ("--vocab_size=300", None)))
-def test_shards_become_a_data_folder_and_stay_what_they_are(option, tokenizer, tiny_encoding,
-                                                             tmp_path):
-    shards = shards_folder(tmp_path / "shards", train=3, val=1)
-    before = content_of(tmp_path / "shards")
-    assert prepared(tmp_path / "out", tmp_path / "shards", option) is None
-    assert content_of(tmp_path / "shards") == before
-    train, val = all_tokens(tmp_path / "out")
-    assert val == shards.pop("web_val_000000.bin") and train == sum(shards.values(), [])
-    meta = read_folder(tmp_path / "out")[2]
-    assert meta["tokenizer"] == tokenizer
-    text = tiny_encoding.decode_bytes([token for token in val if token != 260])
-    assert meta["val"]["bytes"] == (len(text) if tokenizer else None)
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {".lock", "meta.json"}
+TOKENS = {      # what a folder holds: of llm.c, of nanoGPT
+    "shards": {"a_train_1.bin": token_file([1, 260]), "a_train_2.bin": token_file([3, 4]),
+               "a_val_0.bin": token_file([258, 260])},
+    "nanogpt": {"train.bin": raw(1, 260, 3, 4), "val.bin": raw(258, 260), "input.txt": b"norm"},
+}
 
 
-def test_nanogpts_folder_becomes_a_data_folder_and_stays_what_it_is(tmp_path, capsys):
-    tokens = nanogpt_folder(tmp_path / "nano")
-    before = content_of(tmp_path / "nano")
-    assert prepared(tmp_path / "out", tmp_path / "nano", "--vocab_size=65") is None
-    assert all_tokens(tmp_path / "out") == tokens and content_of(tmp_path / "nano") == before
-    said = capsys.readouterr().out
-    assert "left out (not *train*.bin or *val*.bin): input.txt, meta.pkl\n" in said
+@pytest.mark.parametrize("kind", TOKENS)
+@pytest.mark.parametrize("option", ("--tokenizer=gpt2", "--vocab_size=261"))
+@pytest.mark.parametrize("out", ("in", "out"))
+def test_token_files_become_data_and_stay_as_they_are(kind, option, out, tiny_encoding, tmp_path):
+    source = put(tmp_path / "in", TOKENS[kind])
+    before = content_of(source)
+    for _ in range(2):      # the same command again is fine
+        assert prepared(tmp_path / out, source, option) is None
+    assert before.items() <= content_of(source).items()
+    assert all_tokens(tmp_path / out) == [[1, 260, 3, 4], [258, 260]]
+    meta = read_folder(tmp_path / out)[2]
+    assert (meta["tokenizer"], meta["val"]["bytes"]) == (
+        ("gpt2", 4) if "gpt2" in option else (None, None))
 
 
-def test_the_meta_json_may_lie_beside_the_tokens_if_out_says_so(tmp_path):
-    tokens = nanogpt_folder(tmp_path / "nano")
-    for _ in range(2):      # and the same command again is fine
-        assert prepared(tmp_path / "nano", tmp_path / "nano", "--vocab_size=65") is None
-    shutil.move(tmp_path / "nano", tmp_path / "moved")
-    assert all_tokens(tmp_path / "moved") == tokens
+def test_a_meta_json_beside_the_tokens_moves_with_them(tmp_path):
+    put(tmp_path / "in", TOKENS["nanogpt"])
+    assert prepared(tmp_path / "in", tmp_path / "in", "--vocab_size=261") is None
+    (tmp_path / "in").rename(tmp_path / "moved")
+    assert all_tokens(tmp_path / "moved")[1] == [258, 260]
 
 
-def test_it_does_not_lie_there_by_default(tmp_path, monkeypatch):
-    nanogpt_folder(tmp_path / "data/nano")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["prepare_data.py", "data/nano", "--vocab_size=65"])
-    with pytest.raises(SystemExit, match="data/nano is the folder of your token files"):
-        prepare_data.main()
-    assert not (tmp_path / "data/nano/meta.json").exists()
+GOOD = token_file([1, 2, 3])
 
 
 @pytest.mark.parametrize("name", ("web_valid_0.bin", "Validation-1.bin", "tokens.val.bin"))
 def test_validation_tokens_have_several_names(name, tmp_path):
-    shards_folder(tmp_path / "shards", train=1)
-    (tmp_path / "shards" / name).write_bytes(token_file([1, 2, 3]))
-    assert prepared(tmp_path / "out", tmp_path / "shards", "--vocab_size=261") is None
-    assert all_tokens(tmp_path / "out")[1] == [1, 2, 3]
+    put(tmp_path / "in", {"a_train.bin": token_file([4]), name: GOOD})
+    assert prepared(tmp_path / "out", tmp_path / "in", "--vocab_size=9") is None
+    assert all_tokens(tmp_path / "out") == [[4], [1, 2, 3]]
 
 
-def raw(*tokens, dtype="<u2"):
-    return np.array(tokens, dtype).tobytes()
-
-
-GOOD = token_file([1, 2, 3])
 TOKENS_REFUSED = (      # (what the folder holds, options, words of the sentence)
     ({"train.bin": GOOD, "val.bin": GOOD}, "", "take them with --tokenizer=NAME, or"),
-    ({"train.bin": raw(1, 2), "input.txt": b"norm"}, "", "holds token files (train.bin)"),
+    ({"train.bin": raw(1, 2), "input.txt": b"norm"}, "", "holds token files"),
     ({"a_train.bin": GOOD}, "--vocab_size=9", "none for val: a *val*.bin is missing"),
     ({"a_val.bin": GOOD}, "--vocab_size=9", "none for train: a *train*.bin is missing"),
-    ({"train.bin": raw(1, 2)}, "--vocab_size=9", "none for val"),
-    ({"train.bin": GOOD, "val.bin": GOOD}, "--vocab_size=3",
-     "train.bin has the token 3, but a vocabulary of 3 ends at 2"),
-    ({"train.bin": GOOD, "val.bin": raw(1, 300)}, "--tokenizer=byte", "val.bin has the token 300"),
+    ({"train.bin": GOOD, "val.bin": raw(1, 300)}, "--tokenizer=byte",
+     "val.bin has the token 300, but a vocabulary of 256 ends at 255"),
     ({"train.bin": b"123", "val.bin": raw(1, 2)}, "--vocab_size=9", "train.bin has 3 bytes"),
-    ({"train.bin": b"", "val.bin": raw(1, 2)}, "--vocab_size=9", "train.bin has 0 bytes"),
     ({"train.bin": raw(*range(99), dtype="<u4"), "val.bin": raw(1)}, "--vocab_size=99",
      "seems to have tokens of four bytes"),
     ({"train.bin": token_file([]), "val.bin": GOOD}, "--vocab_size=9", "has no token for train"),
     ({"a_train.bin": GOOD[:-1], "a_val.bin": GOOD}, "--vocab_size=9", "a_train.bin was cut"),
-    ({"a_train.bin": raw(1, 2), "a_val.bin": GOOD}, "--vocab_size=9", "is not a token file"),
-    ({"a_train_val.bin": GOOD}, "--vocab_size=9", "its name says both"),
-    ({"train.bin": GOOD, "val.bin": GOOD}, "--tokenizer=gpt7", "there is no tokenizer 'gpt7'"),
-    ({"train.bin": GOOD, "val.bin": GOOD}, "--vocab_size=0", "--vocab_size must be more than 0"),
-    ({"train.bin": GOOD, "val.bin": GOOD}, "--vocab_size=9 --tokenizer=byte", "not both"),
-    ({"train.bin": GOOD, "val.bin": GOOD}, "--vocab_size=9 --field=a", "with your own text"),
+    ({"train.bin": raw(1), "train2.bin": GOOD, "val.bin": GOOD}, "--vocab_size=9",
+     "train.bin is not a token file"),
+    ({"a_train_val.bin": GOOD}, "--vocab_size=9", "which split is it for"),
+    ({"train.bin": GOOD, "val.bin": GOOD}, "--vocab_size=9 --tokenizer=byte", "holds token files"),
 )
 
 
 @pytest.mark.parametrize("case", TOKENS_REFUSED, ids=range(len(TOKENS_REFUSED)))
-def test_tokens_that_are_not_right_are_refused_and_nothing_is_changed(case, tmp_path):
-    holds, options, words = case
-    (tmp_path / "in").mkdir()
-    for name, content in holds.items():
-        (tmp_path / "in" / name).write_bytes(content)
-    before = content_of(tmp_path / "in")
+def test_tokens_that_are_not_right_are_refused(case, tmp_path):
+    files, options, words = case
+    before = content_of(put(tmp_path / "in", files))
     assert words in prepared(tmp_path / "out", tmp_path / "in", *options.split())
-    assert content_of(tmp_path / "in") == before
-    assert not (tmp_path / "out/meta.json").exists()
+    assert content_of(tmp_path) == before
 
 
-def test_files_of_another_kind_do_not_make_a_folder_of_texts_one_of_tokens(tmp_path):
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in/a.txt").write_text(GERMAN)
-    (tmp_path / "in/pretrained.bin").write_bytes(b"PK\x03\x04" * 500)
+def test_any_bin_does_not_make_a_folder_of_texts_one_of_tokens(tmp_path):
+    put(tmp_path / "in", {"a.txt": GERMAN, "pretrained.bin": b"PK\x03\x04" * 500})
     assert prepared(tmp_path / "out", tmp_path / "in") is None
-    assert b"".join(text_of(tmp_path / "out")) == GERMAN.encode()
+    assert text_of(tmp_path / "out") == GERMAN.encode()
 
 
 # ------------------------------------------------------------------------------------------------
 # prepare_data.py: nothing of the user's is overwritten
 
 
-def write_texts(folder):
-    (folder / "a.txt").write_text(GERMAN)
-    (folder / "b.txt").write_text("norm\n" * 400)
-
-
-FOREIGN = {     # what the output folder holds
-    "token files": {"train.bin": b"mine", "val.bin": b"mine"},
-    "one of them": {"val.bin": b"mine"},
-    "meta.json": {"meta.json": b'{"vocab_size": 5}'},
-    "a damaged meta.json": {"meta.json": b"{", "train.bin": b"mine"},
-}
-
-
-@pytest.mark.parametrize("foreign", FOREIGN)
-def test_files_that_we_did_not_write_are_not_overwritten(foreign, tmp_path):
-    write_texts(tmp_path)
-    (tmp_path / "out").mkdir()
-    for name, content in FOREIGN[foreign].items():
-        (tmp_path / "out" / name).write_bytes(content)
-    before = content_of(tmp_path / "out")
-    sentence = prepared(tmp_path / "out", tmp_path / "a.txt")
-    for words in (*FOREIGN[foreign], "not made by prepare_data.py", "--out=", "--overwrite"):
-        assert words in sentence
-    assert content_of(tmp_path / "out") == before and "delete" not in sentence
-    assert prepared(tmp_path / "out", tmp_path / "a.txt", "--overwrite") is None
-    assert b"".join(text_of(tmp_path / "out")) == GERMAN.encode()
-
-
-@pytest.mark.parametrize("options", ("b.txt", "a.txt --tokenizer=gpt2", "a.txt --val=b.txt",
-                                     "a.txt --field=content"))
-def test_data_of_another_command_are_not_overwritten(options, tiny_encoding, tmp_path, monkeypatch):
-    write_texts(tmp_path)
+@pytest.fixture
+def texts(tmp_path, monkeypatch):
+    """A folder with a.txt and b.txt, the working directory."""
     monkeypatch.chdir(tmp_path)
+    return put(tmp_path, {"a.txt": GERMAN, "b.txt": "norm\n" * 400})
+
+
+FOREIGN = (     # what the output folder holds
+    {"train.bin": b"mine", "val.bin": b"mine"},
+    {"val.bin": b"mine"},
+    {"meta.json": b'{"vocab_size": 5}'},
+    {"meta.json": b"{", "train.bin": b"mine"},
+)
+
+
+@pytest.mark.parametrize("files", FOREIGN)
+def test_files_that_we_did_not_write_are_not_overwritten(files, texts):
+    before = content_of(put(texts / "out", files))
+    sentence = prepared("out", "a.txt")
+    for words in (*files, "not made by prepare_data.py", "--out=", "--overwrite"):
+        assert words in sentence
+    assert content_of(texts / "out") == before
+
+
+@pytest.mark.parametrize("options", ("b.txt", "a.txt --tokenizer=gpt2", "a.txt --val=b.txt"))
+def test_data_of_another_command_are_not_overwritten(options, tiny_encoding, texts):
     assert prepared("out", "a.txt") is None
-    before = content_of(tmp_path / "out")
+    before = content_of(texts / "out")
     sentence = prepared("out", *options.split())
-    assert f"out holds the data of `prepare_data.py {tmp_path}/a.txt --tokenizer=byte`" in sentence
-    assert "--out=" in sentence and "--overwrite" in sentence
-    assert content_of(tmp_path / "out") == before
-    assert prepared("out", *options.split(), "--overwrite") is None
+    assert f"out holds the data of `prepare_data.py {texts}/a.txt --tokenizer=byte`" in sentence
+    assert content_of(texts / "out") == before
 
 
-def test_a_folder_of_texts_may_hold_its_own_data(tmp_path):
-    (tmp_path / "notes.txt").write_text(GERMAN)
+def test_overwrite_replaces_data_and_nothing_else(texts):
+    put(texts / "out", {**FOREIGN[0], "notes": b"mine"})
+    assert prepared("out", "a.txt", "--overwrite") is None
+    assert text_of("out") == GERMAN.encode()
+    assert (texts / "out/notes").read_bytes() == b"mine"
+
+
+def test_files_that_come_meanwhile_are_not_overwritten(texts, monkeypatch):
+    monkeypatch.setattr(prepare_data, "measure", lambda *args: put(texts / "out", FOREIGN[0]))
+    monkeypatch.setattr(prepare_data, "write_tokens", lambda *args: {"train": 1, "val": 1})
+    monkeypatch.setattr(prepare_data, "sync", lambda path: None)
+    monkeypatch.setattr(prepare_data, "complete", lambda *args: None)
+    assert "out holds train.bin and val.bin, not made by" in prepared("out", "a.txt")
+    assert (texts / "out/train.bin").read_bytes() == b"mine"
+
+
+def test_a_folder_of_texts_may_hold_its_own_data(texts):
     for _ in range(2):
-        assert prepared(tmp_path, tmp_path) is None
-        assert b"".join(text_of(tmp_path)) == GERMAN.encode()
-    assert (tmp_path / "notes.txt").read_text() == GERMAN
+        assert prepared(texts, texts, f"--val={texts}/b.txt") is None
+        assert text_of(texts) == GERMAN.encode() + b"norm\n" * 400
 
 
-def test_a_changed_text_replaces_its_own_data(tmp_path):
-    write_texts(tmp_path)
-    for text in (GERMAN, "norm\n" * 400):
-        (tmp_path / "a.txt").write_text(text)
-        assert prepared(tmp_path / "out", tmp_path / "a.txt") is None
-        assert b"".join(text_of(tmp_path / "out")) == text.encode()
+def test_a_changed_text_replaces_its_own_data(texts):
+    assert prepared("out", "a.txt") is None
+    put(texts, {"a.txt": "norm\n" * 400})
+    assert prepared("out", "a.txt") is None
+    assert text_of("out") == b"norm\n" * 400
 
 
-def test_unchanged_data_stay_where_they_are_read_and_damaged_ones_are_mended(tmp_path):
-    write_texts(tmp_path)
-    assert prepared(tmp_path / "out", tmp_path / "a.txt") is None
-    path = tmp_path / "out/train.bin"
+def test_unchanged_data_stay_and_damaged_ones_are_mended(texts):
+    assert prepared("out", "a.txt") is None
+    path = texts / "out/train.bin"
     inode = path.stat().st_ino
-    assert prepared(tmp_path / "out", tmp_path / "a.txt") is None and path.stat().st_ino == inode
+    assert prepared("out", "a.txt") is None and path.stat().st_ino == inode
     whole = path.read_bytes()
     path.write_bytes(whole[:-1] + b"\xff")
-    assert prepared(tmp_path / "out", tmp_path / "a.txt") is None and path.read_bytes() == whole
+    assert prepared("out", "a.txt") is None and path.read_bytes() == whole
 
 
-def test_a_refused_text_leaves_its_old_data_whole(tmp_path):
-    write_texts(tmp_path)
-    assert prepared(tmp_path / "out", tmp_path / "a.txt") is None
-    before = content_of(tmp_path / "out")
-    (tmp_path / "a.txt").write_bytes(GERMAN.encode("latin-1"))
-    assert "not UTF-8" in prepared(tmp_path / "out", tmp_path / "a.txt")
-    assert content_of(tmp_path / "out") == before
+def test_a_refused_text_leaves_its_old_data_whole(texts):
+    assert prepared("out", "a.txt") is None
+    before = content_of(texts / "out")
+    put(texts, {"a.txt": GERMAN.encode("latin-1")})
+    assert "iconv" in prepared("out", "a.txt")
+    assert content_of(texts / "out") == before
 
 
-@pytest.mark.parametrize("renamed, whole", ((1, b"norm\n"), (2, None), (3, None), (4, b"form\n")))
-def test_killed_tokenization_leaves_nothing_that_looks_finished(renamed, whole, tmp_path):
-    """Of a text with as many tokens as the text before. The same command mends it."""
-    (tmp_path / "a.txt").write_text("norm\n" * 100)
-    assert prepared(tmp_path / "out", tmp_path / "a.txt") is None
-    (tmp_path / "a.txt").write_text("form\n" * 100)
-    killed_at_rename(renamed, tmp_path / "out", tmp_path / "a.txt")
-    if whole:
-        assert b"".join(text_of(tmp_path / "out")) == whole * 100
+@pytest.mark.parametrize("number", range(1, 7))
+def test_a_kill_leaves_nothing_that_looks_finished(number, texts, capsys):
+    """Before one of the renames, of a text as long as the text before. The same command mends it."""
+    assert prepared("out", "a.txt") is None
+    put(texts, {"a.txt": GERMAN.upper()})
+
+    def prepare_and_die():
+        for name in ("rename", "replace"):
+            setattr(os, name, dying(getattr(os, name)))
+        prepared("out", "a.txt")
+
+    def dying(rename, renamed=[]):
+        def rename_or_die(*paths):
+            renamed.append(paths)
+            if len(renamed) == number:
+                os.kill(os.getpid(), 9)
+            rename(*paths)
+        return rename_or_die
+
+    killed = forked(prepare_and_die)
+    killed.join()
+    assert killed.exitcode == -9
+    if number < 4:
+        assert text_of("out") == GERMAN.encode()
     else:
-        with pytest.raises(ValueError, match="is not finished; repeat its command: python prepare"):
-            read_folder(tmp_path / "out")
-    assert prepared(tmp_path / "out", tmp_path / "a.txt") is None
-    assert b"".join(text_of(tmp_path / "out")) == b"form\n" * 100
-    names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {".lock", "meta.json", "train.bin", "val.bin"}
+        with pytest.raises(ValueError, match="out is not finished; repeat prepare_data.py"):
+            read_folder("out")
+    assert prepared("out", "a.txt") is None
+    assert text_of("out") == GERMAN.upper().encode()
+    assert ".out.unfinished-" in capsys.readouterr().out
 
 
-def test_a_data_folder_given_as_a_source_is_said_to_be_one(tmp_path, monkeypatch):
-    write_texts(tmp_path)
-    assert prepared(tmp_path / "out", tmp_path / "a.txt") is None
-    assert "out is a data folder already" in prepared(tmp_path / "again", tmp_path / "out")
+def test_a_data_folder_given_as_a_source_is_said_to_be_one(texts):
+    assert prepared("out", "a.txt") is None
+    assert "out is a data folder already" in prepared("again", "out")
 
 
-def test_a_file_is_on_the_disk_before_it_replaces_another_and_then_its_name_is(tmp_path,
-                                                                                monkeypatch):
+def test_a_file_is_on_the_disk_before_its_name_is(tmp_path, monkeypatch):
     events = []
     rename = os.replace
 
@@ -2428,132 +2297,100 @@ def test_a_file_is_on_the_disk_before_it_replaces_another_and_then_its_name_is(t
     assert events == [(tmp_path / "file").stat().st_ino, "renamed", tmp_path.stat().st_ino]
 
 
-def test_a_second_process_in_one_folder_is_refused(tmp_path):
-    write_texts(tmp_path)
-    (tmp_path / "out").mkdir()
-    with open(tmp_path / "out/.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        sentence = prepared(tmp_path / "out", tmp_path / "a.txt")
-    assert f"another process is writing to {tmp_path}/out" in sentence
-    assert prepared(tmp_path / "out", tmp_path / "a.txt") is None
+@pytest.mark.parametrize("number, fails", ((errno.EINVAL, False), (errno.ENOTSUP, False),
+                                           (errno.EIO, True)))
+def test_a_folder_that_cannot_be_synced_is_no_error(number, fails, texts, monkeypatch):
+    def fsync(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
 
-
-def test_a_second_process_waits_for_the_standard_library(tmp_path):
-    """As trainings do that start at once."""
-    with open(tmp_path / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-
-        def prepare():
-            lock.close()        # inherited: else it would wait for itself
-            prepare_data.prepare_stdlib(tmp_path, progress=False)
-
-        waiting = forked(prepare)
-        waiting.join(1)
-        assert waiting.is_alive() and not (tmp_path / "meta.json").exists()
-    waiting.join()
-    assert waiting.exitcode == 0 and len(read_folder(tmp_path)[0]) > 0
-
-
-def test_what_another_process_wrote_meanwhile_is_not_overwritten(tmp_path, monkeypatch):
-    write_texts(tmp_path)
-    path = tmp_path / "out/train.bin"
-    monkeypatch.setattr(fcntl, "flock", lambda lock, how: path.write_bytes(b"mine"))
-    assert "out holds train.bin" in prepared(tmp_path / "out", tmp_path / "a.txt")
-    assert path.read_bytes() == b"mine"
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert (prepared("out", "a.txt") is not None) == fails
 
 
 # ------------------------------------------------------------------------------------------------
 # prepare_data.py: paths, terminals and options
 
 
-@pytest.mark.parametrize("name", ("two words", "Anna's \"A & B\"", "back\\slash", "$(touch run)",
-                                  "ünï", os.fsdecode(b"latin-\xfc")))
-def test_a_path_may_have_any_name(name, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    source = tmp_path / name
-    source.mkdir()
-    (source / f"{name}.txt").write_text(GERMAN)
-    out = source / "out"
+@pytest.mark.parametrize("name", ("two words", "Anna's \"A & B\" [1]*", "back\\slash", "ünï",
+                                  os.fsdecode(b"latin-\xfc")))
+def test_a_path_may_have_any_name(name, tmp_path):
+    source = put(tmp_path / name, {f"{name}.txt": GERMAN})
     for _ in range(2):
-        assert prepared(out, source) is None
-    assert b"".join(text_of(out)) == GERMAN.encode()
-    tokens = source / "tokens"
-    assert prepared(tokens, out, "--vocab_size=256") is not None      # it is a data folder already
-    shards_folder(source / "shards", 256, train=1, val=1)
-    assert prepared(tokens, source / "shards", "--tokenizer=byte") is None
-    assert len(all_tokens(tokens)[0]) == 300
-    assert not Path("run").exists()
+        assert prepared(source / "out", source) is None
+    assert text_of(source / "out") == GERMAN.encode()
+    put(source / "shards", TOKENS["shards"])
+    assert prepared(source / "tokens", source / "shards", "--vocab_size=261") is None
+    assert all_tokens(source / "tokens")[1] == [258, 260]
 
 
-def test_a_tilde_is_the_home_in_every_path(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    write_texts(tmp_path)
+def test_a_tilde_is_the_home_in_every_path(texts, monkeypatch):
+    monkeypatch.setenv("HOME", str(texts))
     assert prepared("~/out", "~/a.txt", "--val=~/b.txt") is None
-    train, val, _ = read_folder("~/out")
-    assert len(train) == len(GERMAN.encode()) and len(val) == 2000
-    assert (tmp_path / "out/meta.json").exists()
+    assert text_of("~/out") == GERMAN.encode() + b"norm\n" * 400
+    assert (texts / "out/meta.json").exists()
 
 
-def test_the_default_folder_has_the_sources_name(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "a.b.TXT.gz").write_bytes(gzip.compress(GERMAN.encode()))
+def test_the_default_folder_has_the_sources_name(texts, monkeypatch):
+    (texts / "a.txt").rename("a.b.TXT.gz")
     monkeypatch.setattr(sys, "argv", ["prepare_data.py", "a.b.TXT.gz"])
     prepare_data.main()
-    assert b"".join(text_of(tmp_path / "data/a.b")) == GERMAN.encode()
+    assert text_of("data/a.b") == GERMAN.encode()
 
 
-def test_any_terminal_shows_the_report_and_a_script_without_docstrings_works(tmp_path):
-    name = os.fsdecode("Fluß-ν-".encode() + b"\xfc.pdf")
-    (tmp_path / name).touch()
-    (tmp_path / "a.txt").write_text(GERMAN)
-    for encoding, flag in (("ascii", "-OO"), ("latin-1", "-O")):
-        done = process(flag, HERE / "prepare_data.py", tmp_path, f"--out={tmp_path}/out",
-                       PYTHONIOENCODING=encoding)
-        assert done.returncode == 0 and "it begins: 'Der Flu" in done.stdout
-        assert "left out (not .txt, .md or .jsonl): " in done.stdout
+def test_any_terminal_shows_the_report(tmp_path):
+    put(tmp_path, {os.fsdecode("Fluß-ν-".encode() + b"\xfc.pdf"): "", "a.txt": GERMAN})
+    done = process("-OO", HERE / "prepare_data.py", tmp_path, f"--out={tmp_path}/out",
+                   PYTHONIOENCODING="ascii")
+    assert done.returncode == 0 and "it begins: 'Der Flu" in done.stdout
 
 
-def test_a_closed_pipe_ends_it_quietly(tmp_path):
-    write_texts(tmp_path)
+def test_a_closed_pipe_ends_it_quietly(texts):
     done = process("-c", "import subprocess, sys; "
                    "child = subprocess.Popen(sys.argv[1:], stdout=subprocess.PIPE); "
                    "child.stdout.close(); sys.exit(child.wait())",
-                   sys.executable, HERE / "prepare_data.py", tmp_path / "a.txt",
-                   f"--out={tmp_path}/out")
+                   sys.executable, HERE / "prepare_data.py", texts / "a.txt", f"--out={texts}/out")
     assert done.returncode == 1
     assert "prepare_data.py" not in done.stderr and "Traceback" not in done.stderr
 
 
+def test_closed_outputs_do_not_matter(texts, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert prepared("out", "a.txt") is None
+
+
+def test_a_checkout_with_windows_line_ends_works(texts):
+    script = (HERE / "prepare_data.py").read_bytes().replace(b"\n", b"\r\n")
+    put(texts, {"prepare_data.py": script})
+    done = process(texts / "prepare_data.py", texts / "a.txt", f"--out={texts}/out")
+    assert done.returncode == 0 and text_of("out") == GERMAN.encode()
+
+
 @pytest.mark.parametrize("argv, words", (
+    ("misisng.txt", "there is no file or folder misisng.txt"),
     ("a.txt --tokenizer=gpt7", "no tokenizer 'gpt7'"),
-    ("a.txt", "475 tokens for train are too many: a file can hold 474"),
+    ("b.txt", "1,900 tokens for train are too many: a file can hold 474"),
     ("--width=3", "unrecognized"),
     ("a.txt --over", "unrecognized"),
     ("a.txt --vocab_size=x", "invalid int"),
-    ("a.txt --vocab_size=9", "with a folder of token files"),
-    ("a.txt --tokens=5", "with fineweb"),
-    ("shakespeare --tokens=5", "with fineweb"),
-    ("--val=a.txt", "with your own text"),
+    ("a.txt --vocab_size=9", "--vocab_size does not go with a.txt"),
+    ("shakespeare --tokens=5", "--tokens does not go with shakespeare"),
+    ("--val=a.txt", "--val does not go with the standard library"),
     ("a.txt --val=none.txt", "there is no file or folder none.txt"),
     ("a.txt --val=a.txt", "has no text beside that of a.txt"),
-    ("fineweb_edu --tokenizer=byte", "of gpt2"),
+    ("fineweb_edu --tokenizer=byte", "--tokenizer does not go with fineweb_edu"),
     ("fineweb --tokens=0", "between 1 and 10,300,000,000"),
-    ("fineweb --tokens=1.04e10", "between 1 and"),
     ("fineweb_edu --tokens=1.002e11", "between 1 and"),
     ("fineweb --tokens=nan", "between 1 and"),
+    ("a.txt --out=b.txt", "File exists"),
 ))
-def test_impossible_options_get_one_sentence(argv, words, tmp_path, monkeypatch):
-    (tmp_path / "a.txt").write_text("norm\n" * 100)
+def test_impossible_options_get_one_sentence(argv, words, texts, monkeypatch):
     monkeypatch.setattr(prepare_data, "MAX_TOKENS", 474)
-    monkeypatch.chdir(tmp_path)
-    assert words in prepared("out", *argv.split())
-    assert not list(tmp_path.glob("out/[a-z]*"))
-
-
-def test_a_folder_that_cannot_be_written_gets_one_sentence(tmp_path):
-    write_texts(tmp_path)
-    assert "File exists" in prepared(tmp_path / "b.txt", tmp_path / "a.txt")
-    assert (tmp_path / "b.txt").read_text() == "norm\n" * 400
+    before = content_of(texts)
+    out = ["out"] if "--out" not in argv else ["b.txt"]
+    assert words in prepared(*out, *argv.split())
+    assert content_of(texts) == before
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2562,42 +2399,36 @@ def test_a_folder_that_cannot_be_written_gets_one_sentence(tmp_path):
 
 class Server(http.server.BaseHTTPRequestHandler):
     """Serves server.files, with server.faults in the next answers. server.asked: {file: [first
-    byte of each request]}."""
+    byte of each request]}; server.tokens: what came as Authorization."""
 
     def log_message(self, *args):
         pass
 
     def do_GET(self):
         server = self.server
-        name = self.path[1:]
+        name = self.path.split("/")[-1]
         first = int(re.fullmatch(r"bytes=(\d+)-", self.headers["Range"])[1])
         server.asked.setdefault(name, []).append(first)
-        fault = ""
-        if server.faults:
-            fault = server.faults.pop(0)
+        server.tokens.add(self.headers["Authorization"])
+        fault = server.faults.pop(0) if server.faults else ""
         if fault == "silent":
             server.end.wait()
             return
 
         whole = server.files[name]
-        contents = {
-            "page": b"<html>",
-            "short": whole[:-2],
-            "long": whole + b"\0\0",
-            "foreign": whole[:-2] + b"\xff\xff",
-        }
+        contents = {"page": b"<html>", "short": whole[:-2], "long": whole + b"\0\0"}
         body = contents.get(fault, whole)
         status = 200
         if fault not in ("rangeless", "page"):
             body = body[first:]
-            status = 206
-            if body == b"":
-                status = 416
-        if fault == "503":
-            status = 503
+            status = 206 if body else 416
+        if fault in ("429", "503"):
+            status = int(fault)
             body = b""
         self.send_response(status)
         self.send_header("Content-Length", len(body))
+        if fault == "429":
+            self.send_header("Retry-After", "3600")
         self.end_headers()
         if fault in ("cut", "stall"):
             body = body[:len(body) // 2]
@@ -2614,17 +2445,17 @@ def server(monkeypatch, tiny_encoding):
         server.end = threading.Event()
         server.faults = []
         server.asked = {}
+        server.tokens = set()
         random = np.random.default_rng(0)
         server.files = {name: token_file(random.integers(0, 261, 100_000))
                         for name in (VAL, *TRAIN)}
         url = f"http://127.0.0.1:{server.server_port}/"
-        monkeypatch.setitem(prepare_data.FINEWEB, "fineweb",
-                            (url, "fineweb_{split}_{number:06d}.bin", len(TRAIN)))
+        monkeypatch.setenv("HF_ENDPOINT", url)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
         monkeypatch.setattr(prepare_data, "SHAKESPEARE", url)
         monkeypatch.setattr(prepare_data, "SHARD_TOKENS", 100_000)
         monkeypatch.setattr(prepare_data, "PATIENCE", 30)
         monkeypatch.setattr(prepare_data, "BACKOFF", 0.01)
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield server
         server.end.set()
@@ -2642,8 +2473,8 @@ def fineweb(server, out, tokens=1e5):
 
 
 @pytest.mark.parametrize("faults, requests", (
-    ("503 503", 3), ("cut rangeless", 2), ("page", 2), ("short", 2), ("foreign", 2),
-    ("cut long", 3), ("cut page", 3)))
+    ("503 503", 3), ("cut rangeless", 2), ("page", 2), ("short", 2), ("cut long", 3),
+    ("cut page", 3)))
 def test_download_gets_over_what_servers_do(faults, requests, server, tmp_path):
     """It goes on where it was, and begins again if what came is not right."""
     server.faults += faults.split()
@@ -2652,38 +2483,45 @@ def test_download_gets_over_what_servers_do(faults, requests, server, tmp_path):
     assert (0 < server.asked[VAL][1] <= 100_512) == faults.startswith("cut")
 
 
-@pytest.mark.parametrize("faults", ("silent", "stall", "cut stall cut"))
-def test_download_gets_over_servers_that_fall_silent(faults, server, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare_data, "PATIENCE", 1)
-    server.faults += faults.split()
+@pytest.mark.parametrize("fault", ("silent", "stall"))
+def test_download_gets_over_servers_that_fall_silent(fault, server, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_data, "PATIENCE", 0.5)
+    server.faults += [fault]
     assert fineweb(server, tmp_path) is None
 
 
+def test_download_waits_up_to_a_minute_if_asked_to(server, tmp_path, monkeypatch, capsys):
+    waits = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    server.faults += ["429"]
+    assert fineweb(server, tmp_path) is None
+    assert 60 in waits and "the server is busy; waiting for 60 s" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("fault, words", (
-    ("503", "503"), ("silent", "timed out"), ("page", "not a token file"), ("long", "was cut"),
-    ("foreign", "has the token 65,535")))
-def test_download_says_what_is_wrong_and_goes_on_later(fault, words, server, tmp_path, monkeypatch):
-    if fault == "silent":
-        monkeypatch.setattr(prepare_data, "PATIENCE", 1)
-        monkeypatch.setattr(prepare_data, "ATTEMPTS", 2)
+    ("503", "503"), ("page", "not a token file"), ("long", "was cut")))
+def test_download_says_what_is_wrong_and_goes_on_later(fault, words, server, tmp_path):
     server.faults += [fault] * prepare_data.ATTEMPTS
     refusal = fineweb(server, tmp_path)
-    assert words in refusal and VAL in refusal
-    assert {path.name for path in tmp_path.iterdir()} <= {".lock", f"{VAL}.part"}
-    monkeypatch.setattr(prepare_data, "PATIENCE", 30)
+    assert words in refusal and VAL in refusal and not (tmp_path / "meta.json").exists()
     assert fineweb(server, tmp_path) is None
 
 
 def test_only_what_is_asked_for_and_not_there_is_downloaded(server, tmp_path):
     assert fineweb(server, tmp_path, 150_001) is None
     assert set(server.asked) == {VAL, *TRAIN[:2]}
-    assert fineweb(server, tmp_path, 2e5) is None and not server.asked
-    train, val, meta = read_folder(tmp_path)
-    shards = server.files[TRAIN[0]][1024:] + server.files[TRAIN[1]][1024:]
-    assert train[0:200_000].tobytes() == shards
-    assert len(train) == 200_000 == meta["train"]["tokens"] and len(val) == 100_000
     assert fineweb(server, tmp_path, 3e5) is None and set(server.asked) == {TRAIN[2]}
     assert len(read_folder(tmp_path)[0]) == 300_000
+
+
+@pytest.mark.parametrize("source, sent", (
+    ("fineweb --tokens=1e5", {"Bearer secret"}), ("shakespeare", {None})))
+def test_the_token_goes_to_hugging_face_alone(source, sent, server, tmp_path, monkeypatch):
+    server.files["input.txt"] = b"norm"
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    monkeypatch.setenv("HF_ENDPOINT", os.environ["HF_ENDPOINT"] + "mirror")
+    prepared(tmp_path, *source.split())
+    assert server.tokens == sent
 
 
 def test_bytes_are_counted_once_there_is_a_vocabulary(server, tiny_encoding, tmp_path, monkeypatch,
@@ -2701,62 +2539,47 @@ def test_bytes_are_counted_once_there_is_a_vocabulary(server, tiny_encoding, tmp
 
 def test_killed_download_goes_on_where_it_was(server, tmp_path):
     """Also one that was killed between a file's last byte and its name."""
-    server.faults += ["stall"]
-    child = forked(lambda: prepared(tmp_path, "fineweb", "--tokens=1e5"))
-    part = tmp_path / f"{VAL}.part"
-    while not (part.exists() and part.stat().st_size) and child.is_alive():
-        time.sleep(0.01)
-    assert "another process is writing" in fineweb(server, tmp_path)
-    child.kill()
-    child.join()
-    size = part.stat().st_size
-    assert 0 < size < 100_512 and not (tmp_path / VAL).exists()
-    (tmp_path / f"{TRAIN[0]}.part").write_bytes(server.files[TRAIN[0]])
+    put(tmp_path, {f"{VAL}.part": server.files[VAL][:1000],
+                   f"{TRAIN[0]}.part": server.files[TRAIN[0]]})
     assert fineweb(server, tmp_path) is None
-    assert server.asked == {VAL: [size], TRAIN[0]: [201_024]}
+    assert server.asked == {VAL: [1000], TRAIN[0]: [201_024]}
 
 
 @pytest.mark.parametrize("lacking", (0, 1))
-def test_the_disk_must_have_room_for_what_is_not_there_yet(lacking, server, tmp_path, monkeypatch):
-    (tmp_path / f"{VAL}.part").write_bytes(server.files[VAL][:1000])
+def test_the_disk_must_have_room_for_what_is_missing(lacking, server, tmp_path, monkeypatch):
+    put(tmp_path, {f"{VAL}.part": server.files[VAL][:1000]})
     needed = 2 * 201_024 - 1000
     free = shutil._ntuple_diskusage(0, 0, needed - lacking)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
     refusal = fineweb(server, tmp_path)
-    if lacking:
-        assert f"{needed:,} bytes are to be downloaded" in refusal and not server.asked
-    else:
-        assert refusal is None
+    assert refusal is None or f"{needed:,} bytes are to be downloaded" in refusal
+    assert bool(refusal) == bool(lacking) == (not server.asked)
 
 
 def test_downloaded_shards_are_a_data_folder_already(server, tmp_path):
     assert fineweb(server, tmp_path) is None
-    for argv in ((tmp_path,), (tmp_path, "--tokenizer=gpt2")):
-        assert "is a data folder already" in prepared(tmp_path / "other", *argv)
+    assert "is a data folder already" in prepared(tmp_path / "o", tmp_path, "--tokenizer=gpt2")
 
 
 def test_downloads_leave_a_foreign_meta_json_alone(server, tmp_path):
-    (tmp_path / "meta.json").write_text('{"mine": 1}')
+    put(tmp_path, {"meta.json": '{"mine": 1}'})
     assert "meta.json, not made by prepare_data.py" in fineweb(server, tmp_path)
     assert (tmp_path / "meta.json").read_text() == '{"mine": 1}' and not server.asked
 
 
-def test_shakespeare_is_tokenized_here_if_it_is_what_it_should_be(server, tmp_path, monkeypatch):
-    text = b"First Citizen:\nBefore we proceed any further, hear me speak.\n\n" * 50
+def test_shakespeare_is_tokenized_if_it_is_what_it_should_be(server, tmp_path, monkeypatch):
+    text = b"Before we proceed any further, hear me speak.\n\n" * 50
     server.files["input.txt"] = text.replace(b"speak", b"smile")
     monkeypatch.setattr(prepare_data, "SHAKESPEARE_SHA256", hashlib.sha256(text).hexdigest())
     assert "is not the text of Shakespeare's" in prepared(tmp_path, "shakespeare")
-    assert not (tmp_path / "input.txt").exists()
     server.files["input.txt"] = text
-    server.asked.clear()
     for _ in range(2):
         assert prepared(tmp_path, "shakespeare") is None
-        assert b"".join(text_of(tmp_path)) == text
-    assert server.asked == {"input.txt": [0]}
+        assert text_of(tmp_path) == text
 
 
 def test_another_input_txt_is_not_taken_for_shakespeare(server, tmp_path):
-    (tmp_path / "input.txt").write_text("mine")
+    put(tmp_path, {"input.txt": "mine"})
     assert "input.txt is not the text of Shakespeare's" in prepared(tmp_path, "shakespeare")
     assert (tmp_path / "input.txt").read_text() == "mine"
 
@@ -2764,22 +2587,20 @@ def test_another_input_txt_is_not_taken_for_shakespeare(server, tmp_path):
 @pytest.mark.parametrize("network", ("refuses", "says nothing", "has a name server that hangs"))
 @pytest.mark.parametrize("source, words", (
     ("fineweb", "without a network, use `python prepare_data.py`"),
-    ("requirements.txt --tokenizer=gpt2", "set TIKTOKEN_CACHE_DIR")))
-def test_no_network_is_said_in_one_sentence(source, words, network, tmp_path):
+    ("a.txt --tokenizer=gpt2", "set TIKTOKEN_CACHE_DIR")))
+def test_no_network_is_said_in_one_sentence(source, words, network, texts, monkeypatch):
     """Of the true addresses, by a proxy that nobody listens at or that says nothing, or with a name
     server that hangs for longer than this test may last."""
-    assert prepare_data.PATIENCE <= 8
-    hang = ""
-    code = "import socket, time, prepare_data as p; p.PATIENCE = 0.5; {}; p.main()"
+    monkeypatch.setattr(prepare_data, "PATIENCE", 0.5)
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(texts))
+    monkeypatch.setenv("NO_PROXY", "")
     with socket.create_server(("127.0.0.1", 0)) as proxy:
         url = f"http://127.0.0.1:{proxy.getsockname()[1]}"
         if network == "refuses":
             proxy.close()
         if network == "has a name server that hangs":
             url = ""
-            hang = "socket.getaddrinfo = lambda *args, **options: time.sleep(999)"
-        done = process("-c", code.format(hang or "pass"), *source.split(), f"--out={tmp_path}/out",
-                       HTTPS_PROXY=url, https_proxy=url, NO_PROXY="", no_proxy="",
-                       TIKTOKEN_CACHE_DIR=str(tmp_path))
-    assert done.returncode == 1 and done.stderr.count("\n") == 1 and words in done.stderr
-    assert not list(tmp_path.glob("out/[a-z]*"))
+            monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: time.sleep(99))
+        monkeypatch.setenv("HTTPS_PROXY", url)
+        monkeypatch.setenv("https_proxy", url)
+        assert words in prepared("out", *source.split())
