@@ -75,7 +75,6 @@ RAW = "uint16"                  # the "format" of files without a header, as nan
 MAX_OPEN = 100                  # files of a split; most systems allow 1,024 a process
 
 # text
-ENDINGS = ".txt, .md or .jsonl"
 ENDING = re.compile(r"\.(txt|md|jsonl)(\.gz)?\Z", re.IGNORECASE)
 MARK = "<|endoftext|>"          # a line that ends a document; tiktoken's name of the token, too
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -147,11 +146,12 @@ def write_json(path, value):
 
 
 def read_json(path):
-    """The value in a file of JSON, or None if the file is missing or damaged."""
+    """The object in a file of JSON; {} if the file is missing, damaged or holds something else."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError):
-        return None
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def command(*words):
@@ -161,10 +161,7 @@ def command(*words):
 
 def made_by(folder):
     """The command that made a data folder, or None if prepare_data.py did not make it."""
-    meta = read_json(Path(folder, "meta.json"))
-    if isinstance(meta, dict):
-        return meta.get("made_by")
-    return None
+    return read_json(Path(folder, "meta.json")).get("made_by")
 
 
 def check_place(out, names, maker, overwrite):
@@ -191,7 +188,7 @@ def new_folder(out, maker, overwrite):
     home.mkdir(parents=True, exist_ok=True)
     prefix = f".{out.name}.unfinished-"
     for path in home.glob(f"{glob.escape(prefix)}*"):
-        print(f"{path} is left of a command that was killed, if none is running: remove it")
+        print(f"if no other command is running, remove what a killed one left: {path}")
     folder = home / (prefix + os.urandom(4).hex())
     folder.mkdir()
     try:
@@ -316,7 +313,7 @@ def read_meta(folder):
     require(path.is_file(), f"{folder} is no data folder (it has no meta.json); make one with "
                             "prepare_data.py")
     meta = read_json(path)
-    require(isinstance(meta, dict), f"{path} is damaged: it is no object of JSON")
+    require(meta, f"{path} is damaged: it is no object of JSON")
     require(set(meta) != {"made_by"}, f"{folder} is not finished; repeat {meta.get('made_by')}")
     meta.setdefault("tokenizer", None)
     require(is_count(meta.get("vocab_size")),
@@ -325,9 +322,8 @@ def read_meta(folder):
         entry = meta.get(split)
         require(isinstance(entry, dict), f'{path}: "{split}" is missing, or no object')
         shards = entry.get("shards", {"train.bin": 0})
-        require(isinstance(shards, dict) and shards, f'{path}: "shards" of "{split}" must be '
-                                                     "{file: number of tokens, …}")
-        require(entry.get("format") in (None, RAW), f'{path}: "format" can only be "{RAW}"')
+        require(isinstance(shards, dict) and shards and entry.get("format", RAW) == RAW,
+                f'{path}: "shards" must be {{file: number of tokens, …}}, and "format" "{RAW}"')
     return meta
 
 
@@ -407,18 +403,19 @@ def find_texts(source, left_out):
     source = Path(source)
     require(os.path.lexists(source), f"there is no file or folder {source}; what can be downloaded "
                                      "is fineweb, fineweb_edu and shakespeare")
-    if not source.is_dir():
-        require(ENDING.search(source.name), f"{source} is not taken: the name of a text ends in "
-                f"{ENDINGS}, each perhaps with .gz; of token files give the folder")
-        return [Text(source, source.name)]
+    paths = [source]
+    if source.is_dir():
+        paths = files_below(source, left_out, set())
     texts = []
-    for path in files_below(source, left_out, set()):
+    for path in paths:
         if path.is_file() and ENDING.search(path.name):
             texts.append(Text(path, str(path.relative_to(source))))
         else:
-            left_out[f"no {ENDINGS} file"].append(path)
+            left_out["neither .txt nor .md nor .jsonl"].append(path)
     require(texts or not made_by(source), already(source))
-    require(texts, f"{source} has no text ({ENDINGS}) and no token files (*train*.bin, *val*.bin)")
+    require(texts, f"{source} is no text: a text is a file whose name ends in .txt, .md or .jsonl, "
+                   "perhaps with .gz, or a folder of them; of token files (*train*.bin, *val*.bin) "
+                   "give the folder")
     return texts
 
 
@@ -467,13 +464,13 @@ def json_text(line, field, place):
             f'{place}: no JSON object with a text "{field}" (--field=NAME chooses another)')
     require(not SURROGATE.search(content),
             f"{place}: half of a surrogate pair, which is no character")
-    return content
+    return content.replace("\r\n", "\n")
 
 
 def lines_and_ends(text):
     """Yields (line, whether a document ends with it) of a text. A line longer than CHUNK comes in
     parts. Raises ValueError if the file is damaged or no text."""
-    is_json = text.name.lower().endswith((".jsonl", ".jsonl.gz"))
+    is_json = text.path.name.lower().endswith((".jsonl", ".jsonl.gz"))
     limit = -1 if is_json else CHUNK
     number = 1
     try:
@@ -556,8 +553,7 @@ class ByteTokenizer:
         # a prompt on the command line may hold what is no character
         return np.frombuffer(text.encode(errors="replace"), np.uint8)
 
-    def encode_prompt(self, text):
-        return self.encode(text)
+    encode_prompt = encode
 
     def decode(self, tokens):
         return bytes(list(tokens)).decode(errors="replace")
@@ -788,13 +784,12 @@ def prepare_tokens(source, out, tokenizer=None, vocab_size=None, overwrite=False
             "with --tokenizer=NAME, or with --vocab_size=N if it has no name here; to take a text "
             "beside them, give its file")
     source = Path(source)
-    out = Path(out)
-    name = tokenizer
     option = f"--vocab_size={vocab_size}"
+    name = tokenizer
     if name:
+        option = f"--tokenizer={name}"
         tokenizer = get_tokenizer(name)
         vocab_size = tokenizer.vocab_size
-        option = f"--tokenizer={name}"
     maker = command(os.path.abspath(source), option)
     require(made_by(source) in (None, maker), already(source))
     check_place(out, ["meta.json"], maker, overwrite)
@@ -822,7 +817,7 @@ def in_time(hint, function, *args):
 
 def hugging_face():
     """The address of Hugging Face, or of a mirror."""
-    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/") + "/"
+    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/") + "/"
 
 
 def download(url, path, check):
@@ -833,8 +828,9 @@ def download(url, path, check):
         time.sleep(BACKOFF * attempt ** 2)
         part.touch()
         headers = {"Range": f"bytes={part.stat().st_size}-", "Accept-Encoding": "identity"}
-        if url.startswith(hugging_face()) and "HF_TOKEN" in os.environ:
-            headers["Authorization"] = f"Bearer {os.environ['HF_TOKEN']}"
+        token = os.environ.get("HF_TOKEN")
+        if token and url.startswith(hugging_face()):
+            headers["Authorization"] = f"Bearer {token}"
         try:
             with requests.get(url, headers=headers, stream=True, timeout=PATIENCE) as answer:
                 wait = answer.headers.get("Retry-After", "")
@@ -849,15 +845,14 @@ def download(url, path, check):
                         for block in answer.iter_content(2 ** 16):
                             file.write(block)
             check(part)
-        except requests.RequestException as error:
-            trouble = f"{type(error).__name__}: {error}"
-        except ValueError as error:     # what came is something else, such as an error page
-            trouble = str(error)
-            part.unlink(missing_ok=True)
-        else:
             sync(part)
             os.replace(part, path)
             return
+        except requests.RequestException as error:
+            trouble = error
+        except ValueError as error:     # what came is something else, such as an error page
+            trouble = error
+            part.unlink(missing_ok=True)
         tqdm.write(f"{url}: {trouble}")
     raise ValueError(f"{url} could not be downloaded ({trouble}); the same command continues")
 
@@ -887,11 +882,11 @@ def prepare_shakespeare(source, out, tokenizer="byte", overwrite=False):
         require(hashlib.sha256(path.read_bytes()).hexdigest() == SHAKESPEARE_SHA256,
                 f"{path} is not the text of Shakespeare's plays (its sha256 is another)")
 
-    path = Path(out, "input.txt")
+    path = out / "input.txt"
     tokenizer = get_tokenizer(tokenizer)
     maker = command(source, f"--tokenizer={tokenizer.name}")
-    check_place(path.parent, OUTPUT_FILES, maker, overwrite)
-    fetch(SHAKESPEARE, {path.name: SHAKESPEARE_BYTES}, path.parent, check)
+    check_place(out, OUTPUT_FILES, maker, overwrite)
+    fetch(SHAKESPEARE, {path.name: SHAKESPEARE_BYTES}, out, check)
     check(path)     # also if it was there
     return write_folder([Text(path, path.name)], out, maker, tokenizer, overwrite)
 
@@ -905,7 +900,6 @@ def prepare_fineweb(source, out, tokens=1e9, overwrite=False):
     numbers = range(1, math.ceil(tokens / SHARD_TOKENS) + 1)
     names = {"train": [file.format("train", number) for number in numbers],
              "val": [file.format("val", 0)]}
-    out = Path(out)
     maker = command(source)
     check_place(out, ["meta.json"], maker, overwrite)
     sizes = dict.fromkeys(names["val"] + names["train"], HEADER_BYTES + 2 * SHARD_TOKENS)
@@ -955,7 +949,7 @@ def parse_args():
         help="replace what the output folder holds")
     options = vars(parser.parse_args())
     name = os.path.basename(os.path.abspath(options.get("source", "stdlib")))
-    options.setdefault("out", f"data/{ENDING.sub('', name)}")
+    options["out"] = Path(options.get("out", f"data/{ENDING.sub('', name)}"))
     return options
 
 
