@@ -12,7 +12,8 @@ Make a data folder for train.py out of text, or out of token files that you have
 
 A text is a .txt, .md or .jsonl file in UTF-8, or in UTF-16 with a byte order mark. It may be packed
 by gzip, as in book.txt.gz. A document ends with its file, at a line `<|endoftext|>`, or with its
-line of a .jsonl file. The tokenizer's end-of-text token follows each; "byte" has none.
+line of a .jsonl file. The tokenizer's end-of-text token follows each; "byte" has none. Hidden files
+of a folder are left out.
 
 A data folder holds meta.json, in which these entries are needed:
 
@@ -412,14 +413,15 @@ def find_texts(source, left_out):
             texts.append(Text(path, str(path.relative_to(source))))
         else:
             left_out["neither .txt nor .md nor .jsonl"].append(path)
-    require(texts or not made_by(source), already(source))
+    require(texts or not made_by(source), already_data(source))
     require(texts, f"{source} is no text: a text is a file whose name ends in .txt, .md or .jsonl, "
                    "perhaps with .gz, or a folder of them; of token files (*train*.bin, *val*.bin) "
                    "give the folder")
     return texts
 
 
-def already(folder):
+def already_data(folder):
+    """The sentence that refuses a data folder as a source."""
     return f"{folder} is a data folder already: python train.py --data={shlex.quote(str(folder))}"
 
 
@@ -468,7 +470,7 @@ def json_text(line, field, place):
 
 
 def lines_and_ends(text):
-    """Yields (line, whether a document ends with it) of a text. A line longer than CHUNK comes in
+    """Yields (line, whether a document ends with it) of a text. What is longer than CHUNK comes in
     parts. Raises ValueError if the file is damaged or no text."""
     is_json = text.path.name.lower().endswith((".jsonl", ".jsonl.gz"))
     limit = -1 if is_json else CHUNK
@@ -480,7 +482,10 @@ def lines_and_ends(text):
                     raise ValueError(f"{text.path}, line {number:,}: this is neither UTF-8 nor "
                                      "UTF-16 with a byte order mark; iconv converts a text to UTF-8")
                 if is_json:
-                    yield json_text(line, text.field, f"{text.path}, line {number:,}"), True
+                    content = json_text(line, text.field, f"{text.path}, line {number:,}")
+                    for start in range(0, len(content), CHUNK):
+                        yield content[start:start + CHUNK], False
+                    yield "", True
                 elif text.marks and line.strip() == MARK:
                     yield "", True
                 else:
@@ -492,8 +497,8 @@ def lines_and_ends(text):
 
 
 def documents(text):
-    """Yields (piece, whether a document ends with it) of a text. A piece has at most 2 CHUNK
-    characters and ends where a line does, if it can. Empty documents are left out."""
+    """Yields (piece, whether a document ends with it) of a text. A piece is some lines, of at most
+    2 CHUNK characters. Empty documents are left out."""
     lines = []
     size = 0
     begun = False
@@ -738,7 +743,8 @@ def prepare_stdlib(out="data/stdlib", progress=True, tokenizer="byte", overwrite
 def find_tokens(folder):
     """The token files in a folder, {"train": names, "val": names}; {} if there are none, or if
     prepare_data.py made them of text. Raises ValueError for a name that says both."""
-    if made_by(folder) and b'"shards"' not in (folder / "meta.json").read_bytes():
+    meta = read_json(folder / "meta.json")
+    if "made_by" in meta and "shards" not in meta.get("train", {}):
         return {}
     files = sorted(path.name for path in folder.glob("*.bin"))
     names = {split: [name for name in files if split in name.lower()] for split in SPLITS}
@@ -791,7 +797,7 @@ def prepare_tokens(source, out, tokenizer=None, vocab_size=None, overwrite=False
         tokenizer = get_tokenizer(name)
         vocab_size = tokenizer.vocab_size
     maker = command(os.path.abspath(source), option)
-    require(made_by(source) in (None, maker), already(source))
+    require(made_by(source) in (None, made_by(out)), already_data(source))
     check_place(out, ["meta.json"], maker, overwrite)
     names = find_tokens(source)
     for split in SPLITS:
@@ -877,7 +883,7 @@ def fetch(address, files, out, check):
 
 def prepare_shakespeare(source, out, tokenizer="byte", overwrite=False):
     """Downloads Shakespeare's plays and makes a data folder of them; returns its meta.json's
-    content. source: the word for it."""
+    content. source: the word that meta.json records."""
     def check(path):
         require(hashlib.sha256(path.read_bytes()).hexdigest() == SHAKESPEARE_SHA256,
                 f"{path} is not the text of Shakespeare's plays (its sha256 is another)")
