@@ -1004,7 +1004,7 @@ def main():
         sys.exit(1)
     except KeyboardInterrupt:
         fail("interrupted; a download goes on with the same command")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, KeyError) as error:    # KeyError: a number that is no token
         fail(error)
 
 

@@ -1953,7 +1953,6 @@ DAMAGED = {     # what a token file holds: words of the sentence
     WHOLE[:-1]: "was cut",
     WHOLE + b"\0": "was cut",
     token_file(): "has 0 tokens, but meta.json says 256",
-    token_file(*[256] * 256): "has the token 256, but a vocabulary of 256 ends at 255",
 }
 
 
@@ -1962,6 +1961,13 @@ def test_a_damaged_token_file_is_refused_by_name(content, here):
     by_hand()
     put({"d/val.bin": content})
     with pytest.raises(ValueError, match=f"^d/val.bin {DAMAGED[content]}"):
+        read_folder("d")
+
+
+def test_tokens_beyond_the_vocabulary_are_refused(here):
+    by_hand({"largest": 255, "sha256": "0"}, vocab_size=255, train={"shards": {"0.bin": 1}})
+    put({"d/0.bin": token_file(1)})
+    with pytest.raises(ValueError, match="d/val.bin has the token 255, but a vocab"):
         read_folder("d")
 
 
@@ -2011,12 +2017,13 @@ def test_token_files_become_data_as_they_are(files, option, num_bytes, out, tiny
 # prepare_data.py: nothing of the user's is overwritten
 
 
-@pytest.mark.parametrize("names", (["train.bin", "val.bin"], ["val.bin"], ["meta.json"]))
-def test_files_that_we_did_not_write_are_kept(names, here):
+@pytest.mark.parametrize("command, names", (
+    ("a.txt", ["train.bin", "val.bin"]), ("shakespeare", ["val.bin"]), ("fineweb", ["meta.json"])))
+def test_files_that_we_did_not_write_are_kept(command, names, here):
     put({**TEXT, **{f"out/{name}": "mine" for name in names}})
     before = content()
     held = " and ".join(names)
-    assert f"out holds {held}, not made by prepare_data.py; " in prepared("out", "a.txt")
+    assert f"out holds {held}, not made by prepare_data.py; " in prepared("out", command)
     assert content() == before
 
 
@@ -2095,6 +2102,8 @@ def test_a_kill_leaves_nothing_that_looks_finished(number, here, capsys):
 def test_a_data_folder_given_as_a_source_is_said_to_be_one(here):
     made(TEXT, "a.txt")
     assert "out is a data folder already" in prepared("again", "out")
+    made(TOKENS[0], "in", "--vocab_size=261", out="in")
+    assert "in is a data folder already" in prepared("again", "in", "--vocab_size=261")
 
 
 def test_a_file_is_on_the_disk_before_its_name_is(here, monkeypatch):
@@ -2279,17 +2288,6 @@ def test_the_disk_must_have_room_for_what_is_missing(lacking, server, monkeypatc
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
     refusal = prepared("out", "fineweb", "--tokens=1e3") or ""
     assert ("5,949 bytes are to be downloaded" in refusal) == bool(lacking) == (not server.asked)
-
-
-def test_downloads_leave_a_foreign_meta_json_alone(server):
-    put({"out/meta.json": "{}"})
-    assert "meta.json, not made by prepare_data.py" in prepared("out", "fineweb", "--tokens=1e3")
-    assert content() == {"out/meta.json": b"{}"} and not server.asked
-
-
-def test_downloaded_shards_are_a_data_folder_already(server):
-    made({}, "fineweb", "--tokens=1e3")
-    assert "is a data folder already" in prepared("again", "out", "--tokenizer=gpt2")
 
 
 def test_shakespeare_is_tokenized_if_it_is_what_it_should_be(server, monkeypatch):
