@@ -73,13 +73,13 @@ FORMATS = {                     # (magic, version): type of a token
 HEADER_BYTES = 256 * 4
 MAX_TOKENS = 2 ** 31 - 1        # that the header can count
 RAW = "uint16"                  # the "format" of files without a header, as nanoGPT writes them
-MAX_OPEN = 100                  # files of a split; most systems allow 1,024 a process
+MAX_OPEN = 50                   # files of a split; some systems allow a process 256
 
 # text
 ENDING = re.compile(r"\.(txt|md|jsonl)(\.gz)?\Z", re.IGNORECASE)
 MARK = "<|endoftext|>"          # a line that ends a document; tiktoken's name of the token, too
 SURROGATE = re.compile("[\ud800-\udfff]")
-NO_TEXT = re.compile("[\0\ud800-\udfff]")
+NO_TEXT = re.compile("[\0\ud800-\udfff]")     # of a file that was decoded
 CHUNK = 2 ** 20                 # characters in a piece of text
 FOR_TRAINING = 0.95             # so much of the text; the rest is for validation
 SPLIT_BY_FILE_FROM = 200        # of so many files or more, each goes to one split as a whole
@@ -180,8 +180,8 @@ def check_place(out, names, maker, overwrite):
 
 @contextlib.contextmanager
 def new_folder(out, maker, overwrite):
-    """A hidden folder for OUTPUT_FILES, which is renamed to out after the with-block. If out is
-    there, with other files perhaps, these files are moved into it."""
+    """A hidden folder for OUTPUT_FILES. After the with-block it is renamed to out. If there is a
+    folder out, which may hold other files too, OUTPUT_FILES are moved into it."""
     check_place(out, OUTPUT_FILES, maker, overwrite)
     home = out.parent
     if out.exists():
@@ -315,7 +315,8 @@ def read_meta(folder):
                             "prepare_data.py")
     meta = read_json(path)
     require(meta, f"{path} is damaged: it is no object of JSON")
-    require(set(meta) != {"made_by"}, f"{folder} is not finished; repeat {meta.get('made_by')}")
+    require(set(meta) != {"made_by"}, f"{folder} is not finished; repeat its command: "
+                                      f"python {meta.get('made_by')} --out={folder}")
     meta.setdefault("tokenizer", None)
     require(is_count(meta.get("vocab_size")),
             f'{path}: "vocab_size" must be a number above 0, not {meta.get("vocab_size")!r}')
@@ -329,8 +330,8 @@ def read_meta(folder):
 
 
 def complete(folder, split, entry, vocab_size):
-    """The Stream of a split. Fills in what its entry in meta.json lacks. Raises ValueError if a file
-    is not right, or has a token outside the vocabulary."""
+    """The Stream of a split. Fills in what the split's entry of meta.json lacks. Raises ValueError
+    if a file is not right, or has a token outside the vocabulary."""
     shards = entry.get("shards", {f"{split}.bin": entry.get("tokens")})
     raw = entry.get("format") == RAW
     files = {}
@@ -439,8 +440,8 @@ def say_left_out(left_out):
 
 
 def open_text(path):
-    """A file, unpacked and decoded as its first bytes ask for. In place of a byte that cannot be
-    decoded comes a surrogate, which is no character of any text."""
+    """An open file of text, unpacked and decoded as its first bytes ask for. A byte that cannot be
+    decoded becomes a surrogate, which no text holds."""
     file = open(path, "rb")
     if file.peek(2)[:2] == b"\x1f\x8b":
         file = gzip.open(file)
@@ -480,7 +481,7 @@ def lines_and_ends(text):
             while line := file.readline(limit):
                 if NO_TEXT.search(line):
                     raise ValueError(f"{text.path}, line {number:,}: this is neither UTF-8 nor "
-                                     "UTF-16 with a byte order mark; iconv converts a text to UTF-8")
+                                     "UTF-16 with a byte order mark; iconv converts to UTF-8")
                 if is_json:
                     content = json_text(line, text.field, f"{text.path}, line {number:,}")
                     for start in range(0, len(content), CHUNK):
@@ -623,7 +624,8 @@ def get_tokenizer(name):
 
 
 def encode_piece(tokenizer, piece):
-    """(split, tokens, bytes of text) of a piece of split_text. Raises ValueError naming its file."""
+    """(split, tokens, bytes of text) of a piece of split_text. Raises ValueError if the tokenizer
+    cannot take it."""
     text, split, content, ends = piece
     try:
         tokens = tokenizer.encode(content)
@@ -695,7 +697,7 @@ def share_out(texts):
 def prepare_text(source, out, tokenizer="byte", val=None, field="text", overwrite=False,
                  progress=True):
     """Makes a data folder of a text or a folder of texts; returns its meta.json's content. val: a
-    text or a folder for validation. Raises ValueError with one sentence if anything is not right."""
+    text or a folder for validation. Raises ValueError if anything is not right."""
     tokenizer = get_tokenizer(tokenizer)
     words = [os.path.abspath(source), f"--tokenizer={tokenizer.name}"]
     if field != "text":
@@ -746,7 +748,7 @@ def find_tokens(folder):
     meta = read_json(folder / "meta.json")
     if "made_by" in meta and "shards" not in meta.get("train", {}):
         return {}
-    files = sorted(path.name for path in folder.glob("*.bin"))
+    files = sorted(path.name for path in folder.glob("[!.]*.bin"))
     names = {split: [name for name in files if split in name.lower()] for split in SPLITS}
     for name in names["train"]:
         require(name not in names["val"], f"{name} in {folder}: which split is it for?")
@@ -757,13 +759,13 @@ def find_tokens(folder):
     return {}
 
 
-def write_meta(out, source, names, maker, vocab_size, name, tokenizer):
-    """Writes the meta.json of token files in the folder source, {split: names}; returns its content.
-    name: of the tokenizer. Without the tokenizer itself the bytes of their text are unknown."""
+def write_meta(out, source, names, maker, vocab_size, tokenizer, encoder):
+    """Writes out/meta.json for token files in the folder source, {split: names}; returns its
+    content. tokenizer: a name, or None. encoder: the Tokenizer, to count bytes of text, or None."""
     base = Path()       # so that a folder that has both can be moved
     if not os.path.samefile(out, source):
         base = Path(os.path.abspath(source))
-    meta = {"made_by": maker, "tokenizer": name, "vocab_size": vocab_size}
+    meta = {"made_by": maker, "tokenizer": tokenizer, "vocab_size": vocab_size}
     for split in SPLITS:
         meta[split] = {"shards": {str(base / file): None for file in names[split]}}
         path = source / f"{split}.bin"
@@ -773,29 +775,29 @@ def write_meta(out, source, names, maker, vocab_size, name, tokenizer):
             require(len(tokens) < 64 or tokens[1::2].any(), f"{path} has a zero as every second "
                     "token: it seems to have tokens of four bytes, and only two are taken")
         stream = complete(out, split, meta[split], vocab_size)
-    if tokenizer:
+    if encoder:
         meta["val"]["bytes"] = 0
         for tokens in stream.arrays:
             for start in range(0, len(tokens), CHUNK):
-                meta["val"]["bytes"] += tokenizer.count_bytes(tokens[start:start + CHUNK])
+                meta["val"]["bytes"] += encoder.count_bytes(tokens[start:start + CHUNK])
     write_json(out / "meta.json", meta)
     return meta
 
 
 def prepare_tokens(source, out, tokenizer=None, vocab_size=None, overwrite=False):
     """Makes a data folder, out, whose token files are those in the folder source; returns its
-    meta.json's content. Token files are neither copied nor changed. Raises ValueError with one
-    sentence if anything is not right."""
+    meta.json's content. Token files are neither copied nor changed. Raises ValueError if anything is
+    not right."""
     require((tokenizer is None) != (vocab_size is None), f"{source} holds token files: take them "
             "with --tokenizer=NAME, or with --vocab_size=N if it has no name here; to take a text "
             "beside them, give its file")
     source = Path(source)
     option = f"--vocab_size={vocab_size}"
-    name = tokenizer
-    if name:
-        option = f"--tokenizer={name}"
-        tokenizer = get_tokenizer(name)
-        vocab_size = tokenizer.vocab_size
+    encoder = None
+    if tokenizer:
+        option = f"--tokenizer={tokenizer}"
+        encoder = get_tokenizer(tokenizer)
+        vocab_size = encoder.vocab_size
     maker = command(os.path.abspath(source), option)
     require(made_by(source) in (None, made_by(out)), already_data(source))
     check_place(out, ["meta.json"], maker, overwrite)
@@ -804,7 +806,7 @@ def prepare_tokens(source, out, tokenizer=None, vocab_size=None, overwrite=False
         require(names[split], f"{source} holds token files, but none for {split}: a *{split}*.bin "
                               "is missing")
     out.mkdir(parents=True, exist_ok=True)
-    return write_meta(out, source, names, maker, vocab_size, name, tokenizer)
+    return write_meta(out, source, names, maker, vocab_size, tokenizer, encoder)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -910,13 +912,13 @@ def prepare_fineweb(source, out, tokens=1e9, overwrite=False):
     check_place(out, ["meta.json"], maker, overwrite)
     sizes = dict.fromkeys(names["val"] + names["train"], HEADER_BYTES + 2 * SHARD_TOKENS)
     fetch(f"{hugging_face()}datasets/{data_set}/resolve/main/", sizes, out, read_tokens)
-    tokenizer = None
+    encoder = None
     try:
-        tokenizer = get_tokenizer("gpt2")
+        encoder = get_tokenizer("gpt2")
     except ValueError as error:
         print("bits per byte will be unknown, until this command is run again with GPT-2's "
               f"vocabulary: {error}")
-    return write_meta(out, out, names, maker, GPT2_VOCABULARY, "gpt2", tokenizer)
+    return write_meta(out, out, names, maker, GPT2_VOCABULARY, "gpt2", encoder)
 
 
 # ------------------------------------------------------------------------------------------------

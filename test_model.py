@@ -1996,7 +1996,8 @@ def test_fingerprint_is_that_of_the_tokens(here):
 TOKENS = (      # what a folder of tokens that people have holds
     {"in/a_train_1.bin": token_file(1, 260), "in/a_train_2.bin": token_file(3, 4),
      "in/Valid.bin": token_file(258, 260)},
-    {"in/train.bin": raw(1, 260, 3, 4), "in/val.bin": raw(258, 260), "in/input.txt": b"norm"},
+    {"in/train.bin": raw(1, 260, 3, 4), "in/val.bin": raw(258, 260), "in/input.txt": b"norm",
+     "in/._train.bin": b"hidden"},
 )
 
 
@@ -2093,7 +2094,7 @@ def test_a_kill_leaves_nothing_that_looks_finished(number, here, capsys):
     if number < 3:
         assert text_of(all_tokens("out")) == "norm" * 99
     elif number < 6:
-        with pytest.raises(ValueError, match="out is not finished; repeat prepare_data.py"):
+        with pytest.raises(ValueError, match="out is not finished; repeat its command: python "):
             read_folder("out")
     assert text_of(made({}, "a.txt")) == "form" * 99
     assert ("remove what a killed one left: out/.out." in capsys.readouterr().out) == (number < 6)
