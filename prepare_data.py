@@ -786,8 +786,8 @@ def write_meta(out, source, names, maker, vocab_size, tokenizer, encoder):
 
 def prepare_tokens(source, out, tokenizer=None, vocab_size=None, overwrite=False):
     """Makes a data folder, out, whose token files are those in the folder source; returns its
-    meta.json's content. Token files are neither copied nor changed. Raises ValueError if anything is
-    not right."""
+    meta.json's content. Token files are neither copied nor changed. Raises ValueError if anything
+    is not right."""
     require((tokenizer is None) != (vocab_size is None), f"{source} holds token files: take them "
             "with --tokenizer=NAME, or with --vocab_size=N if it has no name here; to take a text "
             "beside them, give its file")
