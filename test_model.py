@@ -11,7 +11,6 @@ import errno
 import fcntl
 import gzip
 import hashlib
-import http.server
 import io
 import itertools
 import json
@@ -32,6 +31,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import requests
 import tiktoken
 import torch
 from packaging.requirements import Requirement
@@ -1477,38 +1477,30 @@ def prepared(out, *argv):
     return None
 
 
-def forked(function):
-    """A started process that runs function, without importing everything again."""
-    started = multiprocessing.get_context("fork").Process(target=function)
-    started.start()
-    return started
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty folder, in which the test works."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
-def killed_at_rename(number, out, *argv):
-    """prepare_data.py in another process, killed right after it has renamed so many files."""
-    def main():
-        rename = os.replace
-        renamed = []
-
-        def rename_and_die(*paths):
-            rename(*paths)
-            renamed.append(paths)
-            if len(renamed) == number:
-                os.kill(os.getpid(), 9)
-
-        os.replace = rename_and_die
-        prepared(out, *argv)
-
-    started = forked(main)
-    started.join()
-    assert started.exitcode == -9
+def put(files):
+    """Writes files, {path: text or bytes}."""
+    for name, content in files.items():
+        os.makedirs(os.path.dirname(name) or ".", exist_ok=True)
+        Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
-def token_file(tokens, magic=20240520, version=1, dtype="<u2"):
-    """Content of a token file in llm.c's format."""
-    header = np.zeros(256, "<i4")
-    header[:3] = magic, version, len(tokens)
-    return header.tobytes() + np.asarray(tokens, dtype).tobytes()
+def content():
+    """{path: bytes} of all files here."""
+    return {str(path): path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+
+
+def made(files, *argv, out="out"):
+    """[train, val]: the tokens that prepare_data.py makes of files."""
+    put(files)
+    assert prepared(out, *argv) is None
+    return all_tokens(out)
 
 
 def all_tokens(folder):
@@ -1517,52 +1509,31 @@ def all_tokens(folder):
     return [train[0:len(train)].tolist(), val[0:len(val)].tolist()]
 
 
-def text_of(folder):
-    """[train, val]: the bytes of a data folder whose tokens are bytes."""
-    return [bytes(tokens) for tokens in all_tokens(folder)]
+def text_of(splits):
+    """The text of [train, val] if tokens are bytes."""
+    return bytes(splits[0] + splits[1]).decode()
 
 
-def documents_of(tokens, end=260):
-    """The documents in a list of tokens, as lists of tokens. Each must end with end-of-text."""
-    documents = []
-    document = []
-    for token in tokens:
-        if token == end:
-            documents.append(document)
-            document = []
-        else:
-            document.append(token)
-    assert document == []
-    return documents
+def token_file(*tokens, magic=20240520, version=1, dtype="<u2"):
+    """Content of a token file in llm.c's format."""
+    header = np.zeros(256, "<i4")
+    header[:3] = magic, version, len(tokens)
+    return header.tobytes() + raw(*tokens, dtype=dtype)
 
 
-def content_of(folder):
-    """{path: bytes} of all files below a folder."""
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+def raw(*tokens, dtype="<u2"):
+    """Content of a token file of nanoGPT."""
+    return np.array(tokens, dtype).tobytes()
 
 
-def shards_folder(folder, vocab_size=261, **counts):
-    """Makes a folder with so many of llm.c's shards a split. Returns {file's name: tokens}."""
-    folder.mkdir()
-    random = np.random.default_rng(0)
-    shards = {}
-    for split, count in counts.items():
-        for number in range(count):
-            tokens = random.integers(0, vocab_size, 300).tolist()
-            shards[f"web_{split}_{number:06d}.bin"] = tokens
-            (folder / f"web_{split}_{number:06d}.bin").write_bytes(token_file(tokens))
-    return shards
-
-
-def nanogpt_folder(folder, vocab_size=65, dtype="<u2"):
-    """A data folder of nanoGPT: [tokens for training, tokens for validation], without a header."""
-    folder.mkdir(parents=True)
-    tokens = np.random.default_rng(0).integers(0, vocab_size, 1000).astype(dtype)
-    tokens[:900].tofile(folder / "train.bin")
-    tokens[900:].tofile(folder / "val.bin")
-    (folder / "input.txt").write_text("First Citizen: speak.\n" * 20)
-    (folder / "meta.pkl").write_bytes(b"\x80\x04}.")
-    return [tokens[:900].tolist(), tokens[900:].tolist()]
+def ended(*functions):
+    """Exit codes of processes that run functions at once."""
+    processes = [multiprocessing.get_context("fork").Process(target=run) for run in functions]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    return [process.exitcode for process in processes]
 
 
 @pytest.fixture
@@ -1577,7 +1548,7 @@ def tiny_encoding(monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------
-# prepare_data.py: what a text may look like
+# prepare_data.py: texts
 
 
 STORED = {      # a file's name: what it holds
@@ -1586,163 +1557,105 @@ STORED = {      # a file's name: what it holds
     "windows.txt": GERMAN.replace("\n", "\r\n").encode(),
     "notepad.txt": codecs.BOM_UTF16_LE + GERMAN.encode("utf-16-le"),
     "big_endian.txt": codecs.BOM_UTF16_BE + GERMAN.encode("utf-16-be"),
-    "wide.txt": GERMAN.encode("utf-32"),
-    "packed.txt.gz": gzip.compress(GERMAN.encode()),
     "packed_without_saying_so.txt": gzip.compress(GERMAN.encode("utf-16")),
     "not_packed.txt.gz": GERMAN.encode(),
-    "UPPER.TXT": GERMAN.encode(),
     "UPPER.MD.GZ": gzip.compress(GERMAN.encode()),
-    "notes.md": GERMAN.encode(),
-    "lines.jsonl": json.dumps({"text": GERMAN}).encode(),
-    "windows.jsonl": json.dumps({"text": GERMAN.replace("\n", "\r\n")}).encode(),
+    "lines.jsonl": "\n" + json.dumps({"text": GERMAN.replace("\n", "\r\n")}) + "\r\n\r\n",
     "lines.JSONL.gz": gzip.compress(json.dumps({"text": GERMAN}).encode("utf-16")),
+    "Anna's \"A & B\" [1]*/\\ünï/" + os.fsdecode(b"\xfc.txt"): GERMAN,
 }
 
 
 @pytest.mark.parametrize("name", STORED)
-def test_a_text_is_read_however_it_is_stored(name, tmp_path):
-    (tmp_path / name).write_bytes(STORED[name])
-    assert prepared(tmp_path / "out", tmp_path / name) is None
-    assert b"".join(text_of(tmp_path / "out")) == GERMAN.encode()
+def test_a_text_is_read_however_it_is_stored(name, here):
+    for out in ("out", f"{name}.data"):
+        assert text_of(made({name: STORED[name]}, name, out=out)) == GERMAN
 
 
-REFUSED = {     # a file's name: (what it holds, words of the sentence)
-    "latin.txt": (GERMAN.encode("latin-1"), "not UTF-8 at line 1, byte 8 (0xdf)"),
-    "later.txt": (b"norm\nnorm\n" + "ä".encode() + b"\xe4\n", "at line 3, byte 13 (0xe4)"),
-    "marked.txt": (codecs.BOM_UTF8 + b"\n\xff", "not UTF-8 at line 2, byte 5 (0xff)"),
-    "half.txt": ("ä".encode()[:1], "not UTF-8 at line 1, byte 1"),
-    "packed.txt.gz": (gzip.compress(b"\n\xff"), "not UTF-8 at line 2, byte 2"),
-    "odd.txt": ("a\nb".encode("utf-16") + b"c", "not UTF-16 at line 2, byte 9"),
-    "lonely.txt": (codecs.BOM_UTF16_LE + b"\n\0\0\xd8a\0", "not UTF-16 at line 2, byte 5"),
-    "unmarked.txt": ("norm".encode("utf-16-le"), "iconv -f utf-16le"),
-    "unmarked_be.txt": ("norm".encode("utf-16-be"), "iconv -f utf-16be"),
-    "word.txt": (b"PK\x03\x04norm", "a zip file"),
-    "page.txt": (b"%PDF-1.7", "a PDF file"),
-    "tar.txt": (b"\xfd7zXZ\x00norm", "an xz file"),
-    "web.txt": (b"\x28\xb5\x2f\xfdnorm", "a zstd file"),
-    "old.txt": (b"BZh91AY&SYnorm", "a bzip2 file"),
-    "twice.txt.gz": (gzip.compress(gzip.compress(b"norm")), "by gzip twice"),
-    "cut.txt.gz": (gzip.compress(b"norm\n" * 100)[:-9], "damaged or cut short"),
-    "wrong.txt.gz": (gzip.compress(b"norm\n" * 100)[:-6] + b"wrong!", "damaged or cut short"),
-    "rubbish.txt.gz": (b"\x1f\x8b\x08\0\0\0\0\0\0\xff" + b"\xff" * 99, "damaged or cut short"),
-    "empty.txt": (b"", "is empty"),
-    "empty.md.gz": (gzip.compress(b""), "is empty"),
-    "empty.jsonl": (b"\n\n", "is empty"),
-    "short.txt": (b"a", "none is left for val"),
-    "book.text": (b"norm", "ends in .txt, .md or .jsonl"),
-    "tokens.bin": (token_file([1, 2]), "of token files give the folder"),
-}
+TEXT = {"a.txt": "norm\n" * 100}
+BOTH = {"train.bin": token_file(1, 2), "val.bin": token_file(1, 2)}
+REFUSED = (     # (files, options, words of the sentence)
+    # not in a known encoding
+    ({"a.txt": GERMAN.encode("latin-1")}, "a.txt", "a.txt, line 1: this is neither UTF-8 nor"),
+    ({"a.txt": b"norm\r\nnorm\n\xe4\n"}, "a.txt", "a.txt, line 3: this is neither UTF-8 nor"),
+    ({"a.txt": "norm".encode("utf-16-le")}, "a.txt", "nor UTF-16 with a byte order mark"),
+    ({"a.txt": "norm".encode("utf-32")}, "a.txt", "iconv"),
+    ({"a.txt": b"norm", "b.txt": b"\xff"}, ".", "b.txt, line 1: "),
+    ({"a.gz.txt": gzip.compress(b"\n\xff")}, "a.gz.txt", "a.gz.txt, line 2: "),
+    # damaged
+    ({"a.txt": "a\nb".encode("utf-16") + b"c"}, "a.txt", "a.txt is damaged after line "),
+    ({"a.txt": gzip.compress(b"norm" * 99)[:-9]}, "a.txt", "is damaged after line "),
+    ({"a.txt": b"\x1f\x8b\x08\0\0\0\0\0\0\xff" + b"\xff" * 99}, "a.txt", "is damaged after line "),
+    # not the text in a line of .jsonl
+    ({"a.jsonl": '{"text": "norm"}\nnorm'}, "a.jsonl", "a.jsonl, line 2: no JSON object"),
+    ({"a.jsonl": "[" * 10 ** 5}, "a.jsonl", "no JSON object"),
+    ({"a.jsonl": '{"no": "norm"}'}, "a.jsonl", 'with a text "text" (--field=NAME chooses'),
+    ({"a.jsonl": '{"text": null}'}, "a.jsonl --field=text", 'with a text "text"'),
+    ({"a.jsonl": '{"text": "\\ud83d"}'}, "a.jsonl", "line 1: half of a surrogate pair"),
+    # too little, or not there
+    ({"a.txt": b"", "b.txt": b""}, ".", "a.txt on, is empty or too short"),
+    ({"a.txt": b"a"}, "a.txt", "none is left for val"),
+    ({"a.text": b"norm"}, "a.text", "name ends in .txt, .md or .jsonl"),
+    ({}, "misisng.txt", "there is no file or folder misisng.txt"),
+    (TEXT, "a.txt --val=none.txt", "there is no file or folder none.txt"),
+    (TEXT, "a.txt --val=a.txt", "has no text beside that of a.txt"),
+    # token files
+    (BOTH, "train.bin", "of token files (*train*.bin, *val*.bin) give the folder"),
+    (BOTH, ".", "take them with --tokenizer=NAME, or with --vocab_size=N"),
+    ({"a_train.bin": token_file(1)}, ". --vocab_size=9", "none for val: a *val*.bin is missing"),
+    ({"a_train_val.bin": token_file(1)}, ". --vocab_size=9", "which split is it for"),
+    ({**BOTH, "val.bin": raw(1, 300)}, ". --tokenizer=byte",
+     "val.bin has the token 300, but a vocabulary of 256 ends at 255"),
+    ({**BOTH, "train.bin": raw(*range(99), dtype="<u4")}, ". --vocab_size=99",
+     "seems to have tokens of four bytes"),
+    ({**BOTH, "train.bin": token_file()}, ". --vocab_size=9", "has no token for train"),
+    ({**BOTH, "train2.bin": raw(1)}, ". --vocab_size=9", "train2.bin is not a token file"),
+    # options
+    (TEXT, "a.txt --tokenizer=gpt7", "no tokenizer 'gpt7'"),
+    (TEXT, "a.txt --over", "unrecognized"),
+    (TEXT, "a.txt --vocab_size=9", "--vocab_size does not go with a.txt"),
+    (TEXT, "shakespeare --tokens=5", "--tokens does not go with shakespeare"),
+    (TEXT, "fineweb --tokens=0", "between 1 and 10,300,000,000"),
+    (TEXT, "fineweb --tokens=nan", "between 1 and"),
+)
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_is_no_text_is_refused_by_name_and_place(name, tmp_path):
-    content, words = REFUSED[name]
-    (tmp_path / name).write_bytes(content)
-    sentence = prepared(tmp_path / "out", tmp_path / name)
-    assert words in sentence and f"{tmp_path / name}" in sentence
-    assert not list(tmp_path.glob("out/[a-z]*"))
+@pytest.mark.parametrize("case", REFUSED, ids=[f"{case[1]}: {case[2]}" for case in REFUSED])
+def test_what_is_not_right_is_refused_in_one_sentence(case, here):
+    files, options, words = case
+    put(files)
+    before = content()
+    assert words in prepared("out", *options.split())
+    assert content() == before
 
 
-@pytest.mark.parametrize("name, pack", (("Anna's & B.txt", bytes), ("b.TXT.gz", gzip.compress)))
-def test_the_command_that_is_printed_converts_the_file(name, pack, tmp_path):
-    if not shutil.which("iconv"):
-        pytest.skip("there is no iconv")
-    (tmp_path / name).write_bytes(pack(GERMAN.encode("cp1252")))
-    sentence = prepared(tmp_path / "out", tmp_path / name)
-    command = re.search("Windows-1252, (.*) converts it", sentence)[1]
-    subprocess.run(command, shell=True, check=True)
-    converted, = tmp_path.glob("*.utf8.txt")
-    assert converted.read_text() == GERMAN
+def test_another_field_of_jsonl_can_be_the_text(here):
+    files = {"a.jsonl": '{"text": "no", "content": "norm\\nνορμ"}\n\n' * 9}
+    assert text_of(made(files, "a.jsonl", "--field=content")) == "norm\nνορμ" * 9
 
 
-def test_a_missing_file_is_said_to_be_missing(tmp_path):
-    sentence = prepared(tmp_path / "out", tmp_path / "misisng.txt")
-    assert f"there is no file or folder {tmp_path}/misisng.txt" in sentence
+def test_a_folder_gives_its_texts_also_the_linked_ones(here):
+    put({"in/a.txt": "1" * 99, "in/deep/B.TXT": "2" * 99, "far/c.md": "3" * 99})
+    put({"in/pretrained.bin": "no tokens"})
+    os.symlink(here / "far", "in/linked")
+    os.symlink(here / "far", "in/linked_again")
+    os.symlink(here / "in", "in/itself")
+    assert sorted(text_of(made({}, "in"))) == sorted("123" * 99)
 
 
-BAD_LINES = {       # the second line of a .jsonl file: words of the sentence
-    "norm": "no JSON object",
-    "[1]": "no JSON object",
-    '{"content": "norm"}': 'with a text "text" (--field=NAME',
-    '{"text": null}': 'with a text "text"',
-    '{"text": "\\ud83d"}': "half of a surrogate pair",
-    "[" * 10 ** 5: "no JSON object",
-}
-
-
-@pytest.mark.parametrize("line", BAD_LINES)
-def test_a_line_of_jsonl_without_the_text_is_named(line, tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": "norm"}\n' + line + "\n")
-    sentence = prepared(tmp_path / "out", tmp_path / "a.jsonl")
-    assert f"{tmp_path}/a.jsonl, line 2: {BAD_LINES[line]}" in sentence or (
-        f"{tmp_path}/a.jsonl, line 2: " in sentence and BAD_LINES[line] in sentence)
-
-
-def test_another_field_of_jsonl_can_be_the_text(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": "no", "content": "norm\\nνορμ"}\n\n' * 9)
-    assert prepared(tmp_path / "out", tmp_path / "a.jsonl", "--field=content") is None
-    assert b"".join(text_of(tmp_path / "out")).decode() == "norm\nνορμ" * 9
-
-
-def test_a_folder_gives_its_texts_and_names_what_it_leaves_out(tmp_path, capsys):
-    source = tmp_path / "in"
-    (source / "deep").mkdir(parents=True)
-    (tmp_path / "far").mkdir()
-    for path in ("in/a.txt", "in/deep/B.TXT", "in/c.md", "far/d.txt"):
-        (tmp_path / path).write_text(f"[{path}]" + "norm\n" * 40)
-    (source / "e.jsonl").write_text('{"text": "[in/e.jsonl]norm"}')
-    (source / "linked").symlink_to(tmp_path / "far")
-    (source / "empty.txt").touch()
-    (source / "broken.txt").symlink_to("nowhere.txt")
-    for number in range(7):
-        (source / f"{number}.pdf").write_bytes(b"%PDF-1.7")
-    assert prepared(tmp_path / "out", source) is None
-    text = b"".join(text_of(tmp_path / "out"))
-    for path in ("in/a.txt", "in/deep/B.TXT", "in/c.md", "far/d.txt", "in/e.jsonl"):
-        assert text.count(f"[{path}]".encode()) == 1
+def test_what_is_left_out_of_a_folder_is_named(here, capsys):
+    files = {f"in/{name}": b"\0" for name in ("0.pdf", ".git/a.txt", "b/._a.txt", "__MACOSX/c.txt")}
+    Path("in").mkdir()
+    Path("in/broken.txt").symlink_to("nowhere.txt")
+    assert text_of(made({**files, "in/a.txt": GERMAN, "in/empty.txt": ""}, "in")) == GERMAN
     said = capsys.readouterr().out
-    names = "0.pdf, 1.pdf, 2.pdf, 3.pdf, 4.pdf and 2 more"
-    assert f"left out (not .txt, .md or .jsonl): {names}\n" in said
-    assert "left out (empty): empty.txt\n" in said
-    assert "left out (no file, or a broken link): broken.txt\n" in said
+    assert "left out (hidden): in/.git, in/__MACOSX, in/b/._a.txt\n" in said
+    assert "left out (neither .txt nor .md nor .jsonl): in/0.pdf, in/broken.txt\n" in said
+    assert "left out (empty): in/empty.txt\n" in said
 
 
-def test_a_folder_that_links_to_itself_is_read_once(tmp_path):
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in/a.txt").write_text(GERMAN)
-    (tmp_path / "in/again").symlink_to(tmp_path / "in")
-    assert prepared(tmp_path / "out", tmp_path / "in") is None
-    assert b"".join(text_of(tmp_path / "out")) == GERMAN.encode()
-
-
-@pytest.mark.parametrize("holds, words", (
-    ({}, "has no text (.txt, .md or .jsonl) and no token files"),
-    ({"a.pdf": b"%PDF-"}, "has no text"),
-    ({"a.txt": b"", "b.txt": b""}, "is empty"),
-    ({"a.txt": b"norm", "b.txt": b"\xff"}, "b.txt is not UTF-8"),
-))
-def test_a_folder_without_a_right_text_is_refused(holds, words, tmp_path):
-    (tmp_path / "in").mkdir()
-    for name, content in holds.items():
-        (tmp_path / "in" / name).write_bytes(content)
-    assert words in prepared(tmp_path / "out", tmp_path / "in")
-
-
-def test_the_report_tells_files_encodings_and_the_first_words(tiny_encoding, tmp_path, capsys):
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in/a.txt").write_text("Once upon a ν.\n" * 50)
-    (tmp_path / "in/b.txt").write_text("norm\n" * 50, encoding="utf-16")
-    assert prepared(tmp_path / "out", tmp_path / "in", "--tokenizer=gpt2") is None
-    train, val = all_tokens(tmp_path / "out")
-    said = capsys.readouterr().out
-    assert f"{tmp_path}/out: 2 file(s) (1 in utf-8, 1 in utf-16), 1,000 characters, " in said
-    assert f"{len(train):,} tokens to train on and {len(val):,} to validate on" in said
-    assert "it begins: 'Once upon a ν.\\nOnce" in said
-
-
-def test_the_first_words_end_with_a_whole_character(tmp_path, capsys):
-    (tmp_path / "a.txt").write_text("a" + "ν" * 200)
-    assert prepared(tmp_path / "out", tmp_path / "a.txt") is None
+def test_the_report_ends_with_a_whole_character(here, capsys):
+    made({"a.txt": "a" + "ν" * 200}, "a.txt")
     assert f"it begins: {'a' + 31 * 'ν'!r}\n" in capsys.readouterr().out
 
 
@@ -1750,939 +1663,564 @@ def test_the_first_words_end_with_a_whole_character(tmp_path, capsys):
 # prepare_data.py: splits, documents and tokens
 
 
-def test_of_many_files_each_goes_to_one_split_and_stays_there(tmp_path):
-    texts = []
-    for number in range(240):
-        texts.append(f"[text {number}: {'norm ' * 9}]".encode())
-        folder = tmp_path / f"in/{number % 3}"
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{number}.txt").write_bytes(texts[-1])
-    splits = []
-    for _ in range(2):
-        assert prepared(tmp_path / "out", tmp_path / "in") is None
-        train, val = text_of(tmp_path / "out")
-        splits.append([text in val for text in texts])
-        for text, in_val in zip(texts, splits[-1]):
-            assert (text in train) == (not in_val)
-        (tmp_path / "in/0/another.txt").write_text("norm")
-    assert splits[0] == splits[1] and 0 < sum(splits[0]) < 30
+def test_each_of_many_files_goes_to_one_split_for_good(here):
+    files = {f"in/{number}.txt": f"[{number}]" for number in range(240)}
+    _, val = made({**files, os.fsdecode(b"in/\xfc.txt"): "norm"}, "in")
+    numbers = [58, 110, 114, 162, 183, 184, 187, 201, 207, 219]
+    assert sorted(bytes(val).decode()[1:-1].split("][")) == sorted(map(str, numbers))
 
 
-def test_standard_library_is_always_split_the_same(tmp_path):
-    """Once here, once in a process with other string hashes."""
-    meta = prepare_data.prepare_stdlib(tmp_path / "a", progress=False)
-    done = process(HERE / "prepare_data.py", f"--out={tmp_path / 'b'}", PYTHONHASHSEED="7")
-    assert done.returncode == 0
-    assert meta == read_folder(tmp_path / "a")[2] == read_folder(tmp_path / "b")[2]
+@pytest.fixture
+def library(here, monkeypatch):
+    """A small standard library. Returns its texts, as they were ever read."""
+    files = {"a.py": "# ünï\r\n".encode() * 50, "b.py": "# ünï\n".encode("latin-1") * 50}
+    others = {"test/c.py": "norm", "site-packages/d.py": "norm", "e.txt": "norm", "f.py": ""}
+    put({f"lib/{name}": text for name, text in {**files, **others}.items()})
+    monkeypatch.setattr(prepare_data.sysconfig, "get_paths", lambda: {"stdlib": "lib"})
+    return ["# ünï\n" * 50, "# \ufffdn\ufffd\n" * 50]
 
 
-def test_standard_library_is_read_as_ever_even_if_it_is_not_utf8(tmp_path, monkeypatch):
+def test_standard_library_is_read_as_ever(library):
     """Measurements rest on these bytes."""
-    (tmp_path / "lib/test").mkdir(parents=True)
-    contents = {
-        "a.py": "# ünï\r\nnorm\n".encode() * 50,
-        "latin.py": "# -*- coding: latin-1 -*-\n# ünï\n".encode("latin-1") * 50,
-        "marked.py": codecs.BOM_UTF8 + b"norm\n" * 50,
-    }
-    for name, content in contents.items():
-        (tmp_path / "lib" / name).write_bytes(content)
-        (tmp_path / "lib/test" / name).write_text("not this one")
-    monkeypatch.setattr(prepare_data.sysconfig, "get_paths", lambda: {"stdlib": tmp_path / "lib"})
-    prepare_data.prepare_stdlib(tmp_path / "out", progress=False)
-    expected = [content.decode("utf-8", "replace").replace("\r\n", "\n")
-                for content in contents.values()]
-    train, val = text_of(tmp_path / "out")
-    cuts = [round(len(text) * 0.95) for text in expected]
-    assert train.decode() == "".join(text[:cut] for text, cut in zip(expected, cuts))
-    assert val.decode() == "".join(text[cut:] for text, cut in zip(expected, cuts))
+    prepare_data.prepare_stdlib("out", progress=False)
+    train, val = all_tokens("out")
+    assert bytes(train).decode() == "".join(text[:285] for text in library)
+    assert bytes(val).decode() == "".join(text[285:] for text in library)
 
 
-def test_names_that_are_not_utf8_are_split_too():
-    texts = [prepare_data.Text(None, os.fsdecode(b"%d-\xfc.txt" % number), characters=10)
-             for number in range(prepare_data.SPLIT_BY_FILE_FROM)]
-    prepare_data.share_out(texts)
-    assert {text.for_training for text in texts} == {0, 10}
+def test_two_processes_may_prepare_the_library_at_once(library, monkeypatch):
+    both = multiprocessing.get_context("fork").Barrier(2)
+    measure = prepare_data.measure
+
+    def measure_at_once(*args):
+        both.wait()
+        measure(*args)
+
+    monkeypatch.setattr(prepare_data, "measure", measure_at_once)
+    assert ended(prepare_data.prepare_stdlib, prepare_data.prepare_stdlib) == [0, 0]
+    assert text_of(all_tokens("data/stdlib")) and os.listdir("data") == ["stdlib"]
 
 
-def test_standard_library_is_there_once_without_what_is_installed_beside_it(tmp_path):
-    meta = prepare_data.prepare_stdlib(tmp_path, progress=False)
-    text = b"".join(text_of(tmp_path))
-    for module, times in ((os, 1), (json, 1), (pytest, 0)):
-        assert text.count(Path(module.__file__).read_bytes()) == times
-    assert 0.02 < meta["val"]["bytes"] / len(text) < 0.1
-
-
-def test_tokens_of_many_pieces_are_those_of_the_whole_text(tiny_encoding, tmp_path, monkeypatch):
+def test_tokens_of_many_pieces_are_those_of_the_text(tiny_encoding, here, monkeypatch):
     """Of few files the last part of each is for validation; both parts end with end-of-text."""
-    texts = []
-    (tmp_path / "in").mkdir()
-    for number in range(3):
-        texts.append("".join(f"norm {number}-{line} ä\n" for line in range(300)))
-        (tmp_path / f"in/{number}.txt").write_text(texts[-1])
     monkeypatch.setattr(prepare_data, "CHUNK", 100)
-    assert prepared(tmp_path / "out", tmp_path / "in", "--tokenizer=gpt2") is None
-    train, val = map(documents_of, all_tokens(tmp_path / "out"))
-    assert len(train) == len(val) == 3
-    for text, train_part, val_part in zip(texts, train, val):
-        beginning = tiny_encoding.decode(train_part)
-        assert beginning + tiny_encoding.decode(val_part) == text
-        assert 0.94 < len(beginning) / len(text) < 0.96
-        assert train_part == tiny_encoding.encode_ordinary(beginning)
-        assert val_part == tiny_encoding.encode_ordinary(text[len(beginning):])
+    texts = ["norm ä\n" * 400, "ä" * 999 + "\n"]
+    train, val = made({"in/a.txt": texts[0], "in/b.txt": texts[1]}, "in", "--tokenizer=gpt2")
+    encode = tiny_encoding.encode
+    assert train == encode(texts[0][:2660]) + [260] + encode(texts[1][:950]) + [260]
+    assert val == encode(texts[0][2660:]) + [260] + encode(texts[1][950:]) + [260]
 
 
-def test_meta_json_tells_what_the_token_files_hold(tiny_encoding, tmp_path):
-    (tmp_path / "a.txt").write_text("norm ä " * 100)
-    assert prepared(tmp_path / "out", tmp_path / "a.txt", "--tokenizer=gpt2") is None
-    meta = json.loads((tmp_path / "out/meta.json").read_text())
-    assert (meta["tokenizer"], meta["vocab_size"]) == ("gpt2", 261)
-    for split in ("train", "val"):
-        tokens = read_tokens(tmp_path / f"out/{split}.bin")
-        text = tiny_encoding.decode_bytes(tokens[tokens != 260].tolist())
-        assert meta[split] == {"tokens": len(tokens), "bytes": len(text), "largest": 260,
-                               "sha256": hashlib.sha256(token_file(tokens)).hexdigest()}
+def test_meta_json_tells_what_the_token_files_hold(tiny_encoding, here):
+    splits = made({"a.txt": "ä" * 100}, "a.txt", "--tokenizer=gpt2")
+    for split, tokens in zip(("train", "val"), splits):
+        digest = hashlib.sha256(token_file(*tokens)).hexdigest()
+        assert json.loads(Path("out/meta.json").read_text())[split] == {
+            "tokens": len(tokens), "bytes": 2 * len(tokens) - 2, "largest": 260, "sha256": digest}
 
 
-def test_a_long_line_is_cut(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare_data, "CHUNK", 100)
-    (tmp_path / "a.txt").write_text("ν" * 1050 + "\n" + "μ" * 30)
-    with open(tmp_path / "a.txt") as file:
-        lengths = [len(piece) for piece in prepare_data.text_pieces(file)]
-    assert sum(lengths) == 1081 and max(lengths) <= 200
+@pytest.mark.parametrize("vocab_size, size", ((2 ** 16, 2), (2 ** 16 + 1, 4)))
+def test_tokens_of_a_large_vocabulary_take_four_bytes(vocab_size, size, here, monkeypatch):
+    monkeypatch.setattr(prepare_data.ByteTokenizer, "vocab_size", vocab_size)
+    monkeypatch.setattr(prepare_data.ByteTokenizer, "encode", lambda self, text: [vocab_size - 1])
+    put(TEXT)
+    prepare_data.prepare_text("a.txt", "out", progress=False)
+    assert all_tokens("out") == [[vocab_size - 1]] * 2
+    assert read_tokens("out/val.bin").itemsize == size
 
 
-@pytest.mark.parametrize("size, dtype", ((2 ** 16, np.uint16), (2 ** 16 + 1, np.uint32)))
-def test_tokens_of_a_large_vocabulary_take_four_bytes(size, dtype, tmp_path, monkeypatch):
-    tokenizer = prepare_data.ByteTokenizer()
-    tokenizer.vocab_size = size
-    tokenizer.encode = lambda texts: [[size - 1] * len(text) for text in texts]
-    monkeypatch.setattr(prepare_data, "get_tokenizer", lambda name: tokenizer)
-    (tmp_path / "a.txt").write_text("norm " * 100)
-    prepare_data.prepare_text(tmp_path / "a.txt", tmp_path / "out", progress=False)
-    tokens = read_tokens(tmp_path / "out/train.bin")
-    assert tokens.dtype == dtype and tokens.tolist() == [size - 1] * 475
+def test_more_tokens_than_a_file_holds_are_refused(here, monkeypatch):
+    monkeypatch.setattr(prepare_data, "MAX_TOKENS", 474)
+    put(TEXT)
+    assert "475 tokens for train are too many" in prepared("out", "a.txt")
 
 
-SEPARATED = {       # a file's name: what it holds, of the documents "norm 0", "norm 1", …
-    "marks.txt": "\n<|endoftext|>\n".join(f"norm {i}" for i in range(40)),
-    "marks_to_the_end.txt": "".join(f"norm {i}\n<|endoftext|>\n" for i in range(40)),
-    "marks_twice.txt": "".join(f"<|endoftext|>\nnorm {i}\n<|endoftext|> \n" for i in range(40)),
-    "lines.jsonl": "".join(json.dumps({"text": f"norm {i}"}) + "\n" for i in range(40)),
-    "lines_some_empty.jsonl": "".join('{"text": ""}\n\n' + json.dumps({"text": f"norm {i}"}) + "\n"
-                                      for i in range(40)),
+SEPARATED = {       # a file's name: what it holds, of 40 times the document "norm"
+    "marks.txt": "norm\n<|endoftext|>\n" * 39 + "norm\n",
+    "marks_twice.txt": "<|endoftext|>\r\nnorm\n<|endoftext|> \n" * 40,
+    "lines.jsonl": '{"text": "norm\\n"}\n' * 40,
+    "some_empty.jsonl": '{"text": ""}\n\n{"text": "norm\\n"}\n' * 40,
 }
 
 
 @pytest.mark.parametrize("name", SEPARATED)
-def test_each_document_ends_with_the_end_of_text_token(name, tiny_encoding, tmp_path):
-    """One of them is cut where validation begins, so that its parts count as two."""
-    (tmp_path / name).write_text(SEPARATED[name])
-    assert prepared(tmp_path / "out", tmp_path / name, "--tokenizer=gpt2") is None
-    train, val = map(documents_of, all_tokens(tmp_path / "out"))
-    texts = [tiny_encoding.decode(document) for document in train + val]
-    cut = len(train) - 1
-    if len(texts) == 41:
-        texts[cut:cut + 2] = [texts[cut] + texts[cut + 1]]
-    assert [text.strip() for text in texts] == [f"norm {i}" for i in range(40)]
-    assert 1 <= len(val) <= 4
+def test_each_document_ends_with_the_end_of_text_token(name, tiny_encoding, here):
+    document = tiny_encoding.encode("norm\n") + [260]
+    assert made({name: SEPARATED[name]}, name, "--tokenizer=gpt2") == [document * 38, document * 2]
 
 
-def test_validation_may_begin_with_a_document(tiny_encoding, tmp_path):
-    """Then no empty document is written before it."""
-    (tmp_path / "a.jsonl").write_text('{"text": "norm norm"}\n' * 20)
-    assert prepared(tmp_path / "out", tmp_path / "a.jsonl", "--tokenizer=gpt2") is None
-    document = tiny_encoding.encode_ordinary("norm norm") + [260]
-    assert all_tokens(tmp_path / "out") == [document * 19, document]
+def test_a_document_across_the_border_becomes_two(tiny_encoding, here):
+    train, val = made({"a.jsonl": '{"text": "ä ä ä"}\n' * 8}, "a.jsonl", "--tokenizer=gpt2")
+    assert [train[-5:], val] == [[260, 259, 32, 259, 260], [32, 259, 260]]
 
 
-def test_marks_stay_text_for_a_tokenizer_without_end_of_text_and_that_is_said(tmp_path, capsys):
-    (tmp_path / "a.txt").write_text(SEPARATED["marks.txt"])
-    assert prepared(tmp_path / "out", tmp_path / "a.txt") is None
-    assert b"".join(text_of(tmp_path / "out")).decode() == SEPARATED["marks.txt"]
-    assert "<|endoftext|> stays text in 39 places" in capsys.readouterr().out
-
-
-def test_marks_within_a_line_stay_text_and_that_is_said(tiny_encoding, tmp_path, capsys):
-    (tmp_path / "a.txt").write_text("norm <|endoftext|>\n" * 50 + "norm")
-    assert prepared(tmp_path / "out", tmp_path / "a.txt", "--tokenizer=gpt2") is None
+@pytest.mark.parametrize("text, tokenizer", (("norm\n<|endoftext|>\n", "byte"),
+                                             ("norm<|endoftext|>\n", "gpt2")))
+def test_marks_that_stay_text_are_counted(text, tokenizer, tiny_encoding, here, capsys):
+    made({"a.txt": text * 50}, "a.txt", f"--tokenizer={tokenizer}")
     assert "<|endoftext|> stays text in 50 places" in capsys.readouterr().out
 
 
-def test_an_encoding_without_end_of_text_has_no_separators(tmp_path, monkeypatch):
-    encoding = tiktoken.Encoding("none", pat_str=r"\S+|\s+", special_tokens={"<s>": 256},
-                                 mergeable_ranks={bytes([i]): i for i in range(256)})
-    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: encoding)
-    (tmp_path / "a.jsonl").write_text('{"text": "norm"}\n' * 50)
-    assert prepared(tmp_path / "out", tmp_path / "a.jsonl", "--tokenizer=gpt2") is None
-    assert b"".join(text_of(tmp_path / "out")) == b"norm" * 50
+def test_an_encoding_without_end_of_text_has_no_separators(tiny_encoding, here, monkeypatch):
+    monkeypatch.setattr(prepare_data, "MARK", "<another>")
+    train, val = made({"a.jsonl": '{"text": "ä"}\n' * 20}, "a.jsonl", "--tokenizer=gpt2")
+    assert train + val == [259] * 20
 
 
-def test_half_a_million_blanks_are_refused_by_name_of_the_file(tiny_encoding, tmp_path):
-    (tmp_path / "a.txt").write_text("norm" + " " * 10 ** 6 + "norm")
-    sentence = prepared(tmp_path / "out", tmp_path / "a.txt", "--tokenizer=gpt2")
-    assert f"{tmp_path}/a.txt: 500,000 blanks or more" in sentence
+def test_a_prompt_may_name_the_end_of_text(tiny_encoding):
+    prompt = "norm<|endoftext|>norm"
+    assert prepare_data.get_tokenizer("gpt2").encode_prompt(prompt) == [258, 260, 258]
+    assert bytes(prepare_data.get_tokenizer("byte").encode_prompt(prompt)).decode() == prompt
 
 
-def test_a_text_at_which_tiktoken_panics_is_named(tmp_path, monkeypatch):
-    class PanicException(BaseException):
-        pass
-
-    class Panics:
-        n_vocab = 256
-        special_tokens_set = set()
-
-        def encode_ordinary(self, text):
-            raise PanicException("StackOverflow")
-
-    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: Panics())
-    (tmp_path / "a.txt").write_text("norm " * 50)
-    sentence = prepared(tmp_path / "out", tmp_path / "a.txt", "--tokenizer=gpt2")
-    assert f"{tmp_path}/a.txt: tiktoken cannot take this text (StackOverflow)" in sentence
+def test_half_a_million_blanks_are_refused_by_name(tiny_encoding, here):
+    put({"a.txt": " " * 10 ** 6})
+    assert "a.txt: 500,000 blanks or more" in prepared("out", "a.txt", "--tokenizer=gpt2")
 
 
-@pytest.mark.parametrize("val", ("val.txt", "val"))
-def test_validation_text_of_ones_own_is_all_that_is_validated_on(val, tmp_path):
+def test_validation_text_of_ones_own_is_all_of_it(here):
     """Also if it lies in the folder of the text: then it is not trained on."""
-    (tmp_path / "in/val").mkdir(parents=True)
-    (tmp_path / "in/train.txt").write_text("norm\n" * 40)
-    (tmp_path / "in/val.txt").write_text("sphere\n" * 9)
-    shutil.copy(tmp_path / "in/val.txt", tmp_path / "in/val/a.md")
-    (tmp_path / "in" / ("val/a.md" if val == "val.txt" else "val.txt")).unlink()
-    assert prepared(tmp_path / "out", tmp_path / "in", f"--val={tmp_path}/in/{val}") is None
-    assert text_of(tmp_path / "out") == [b"norm\n" * 40, b"sphere\n" * 9]
+    files = {"in/train.txt": "norm", "in/val/a.md": "sphere"}
+    assert list(map(bytes, made(files, "in", "--val=in/val"))) == [b"norm", b"sphere"]
 
 
 # ------------------------------------------------------------------------------------------------
 # prepare_data.py: data folders
 
 
-def test_shards_are_one_stream_wherever_they_are_cut(tmp_path):
+WHOLE = token_file(*range(256))
+
+
+def by_hand(val={}, **meta):
+    """Makes the folder d as someone may by hand, of byte tokens from 0 to 255. val: more of its
+    entry; meta: more of meta.json."""
+    entry = {"tokens": 256}
+    meta = {"vocab_size": 256, "train": entry, "val": {**entry, **val}, **meta}
+    put({"d/train.bin": WHOLE, "d/val.bin": WHOLE, "d/meta.json": json.dumps(meta)})
+
+
+def test_shards_are_one_stream_wherever_they_are_cut():
     """Twice within one sequence, an empty shard, one token alone."""
-    tokens = np.random.default_rng(0).integers(0, 2 ** 16, 400)
-    shards = {}
-    for number, part in enumerate(np.split(tokens, [3, 8, 8, 9, 200, 301])):
-        (tmp_path / f"{number}.bin").write_bytes(token_file(part))
-        shards[f"{number}.bin"] = len(part)
-    (tmp_path / "val.bin").write_bytes(token_file(tokens + 2 ** 16, 20240801, 7, "<u4"))
-    meta = {"vocab_size": 2 ** 17, "val": {"tokens": 400}, "train": {"shards": shards}}
-    prepare_data.write_json(tmp_path / "meta.json", meta)
-    train, val, _ = read_folder(tmp_path)
-    assert len(train) == len(val) == 400 and np.array_equal(val[0:400], tokens + 2 ** 16)
+    stream = prepare_data.Stream(np.split(np.arange(400), [3, 8, 8, 9, 200, 301]))
     for start, stop in itertools.combinations((0, 1, 3, 8, 9, 10, 200, 250, 301, 400), 2):
-        assert np.array_equal(train[start:stop], tokens[start:stop])
+        assert stream[start:stop].tolist() == list(range(start, stop))
 
 
-@pytest.fixture
-def by_hand(tmp_path):
-    """A data folder as someone may write it by hand: byte tokens from 0 to 255."""
-    for split in ("train", "val"):
-        (tmp_path / f"{split}.bin").write_bytes(token_file(range(256)))
-    (tmp_path / "meta.json").write_text('{"vocab_size": 256, "train": {"tokens": 256}, '
-                                        '"val": {"tokens": 256}}')
-    return tmp_path
+def test_token_files_may_be_more_than_can_be_open(here):
+    files = {f"in/train_{number}.bin": token_file(1, 2, 3) for number in range(300)}
+
+    def prepare_and_read():
+        resource.setrlimit(resource.RLIMIT_NOFILE, (250, 250))
+        made({**files, "in/val.bin": token_file(1)}, "in", "--vocab_size=4")
+        train, _, _ = read_folder("out")
+        assert train[0:900].tolist() == [1, 2, 3] * 300 and train[2:4].tolist() == [3, 1]
+
+    assert ended(prepare_and_read) == [0]
 
 
-def edited(folder, **changes):
-    """Edits meta.json, as in edited(folder, vocab_size=3, train_tokens=4). None: without it."""
-    meta = json.loads((folder / "meta.json").read_text())
-    for key, value in changes.items():
-        entry = meta
-        split, _, rest = key.partition("_")
-        if split in ("train", "val") and rest:
-            entry = meta[split]
-            key = rest
-        entry[key] = value
-        if value is None:
-            del entry[key]
-    (folder / "meta.json").write_text(json.dumps(meta))
+@pytest.mark.parametrize("wrong", ({}, {"bytes": 0}, {"largest": "3", "sha256": 3}))
+def test_what_meta_json_lacks_is_filled_in(wrong, here):
+    by_hand(wrong)
+    digest = hashlib.sha256(WHOLE).hexdigest()
+    whole = {"tokens": 256, "bytes": None, "largest": 255, "sha256": digest}
+    assert read_folder("d")[2]["val"] == whole
 
 
-def test_what_meta_json_may_lack_is_filled_in(by_hand):
-    _, _, meta = read_folder(by_hand)
-    assert meta["tokenizer"] is None
-    digest = hashlib.sha256(token_file(range(256))).hexdigest()
-    entry = {"tokens": 256, "bytes": None, "largest": 255, "sha256": digest}
-    assert meta["train"] == meta["val"] == entry
-
-
-WRONG = {       # what is edited in meta.json: words of the sentence
-    "vocab_size": (None, "256", 0, -3, 2.5, True, []),
-    "tokenizer": ("gpt7", 3, ["byte"]),
-    "train": (None, 3, []),
-    "val": (None, "val.bin"),
-    "train_tokens": (None, "256", -1, 2.0, 255),
-    "val_bytes": ("1", 0, 1.5, False),
-    "val_shards": ({}, [], ["val.bin"], {"val.bin": "256"}, {"val.bin": None}, 3),
-    "train_format": ("uint8", 3),
-    "train_largest": ("3", -1, 2.5),
-    "val_sha256": (3, ["a"]),
-}
-
-
-@pytest.mark.parametrize("key, value", [(key, value) for key in WRONG for value in WRONG[key]])
-def test_a_wrong_field_of_meta_json_is_refused_by_its_name(key, value, by_hand):
-    edited(by_hand, **{key: value})
-    with pytest.raises(ValueError) as refusal:
-        read_folder(by_hand)
-    sentence = str(refusal.value)
-    assert str(by_hand) in sentence and key.split("_")[-1] in sentence and "\n" not in sentence
-
-
-def test_shards_must_have_as_many_tokens_as_their_split_says(by_hand):
-    edited(by_hand, train_shards={"train.bin": 256}, train_tokens=300)
-    with pytest.raises(ValueError, match='"tokens" is 300, but its shards have 256'):
-        read_folder(by_hand)
-
-
-@pytest.mark.parametrize("content, words", (
-    ("{", "meta.json is damaged"), ("[]", "meta.json is damaged"), ("\0", "meta.json is damaged"),
-    (None, "is no data folder"),
-))
-def test_a_damaged_or_missing_meta_json_is_refused(content, words, by_hand):
-    (by_hand / "meta.json").unlink()
-    if content is not None:
-        (by_hand / "meta.json").write_text(content)
-    with pytest.raises(ValueError, match=words):
-        read_folder(by_hand)
-
-
-HEADER = token_file(range(256))[:1024]
-DAMAGED = {     # what a token file holds: words of the sentence
-    b"\0" + token_file(range(256))[1:]: "is not a token file",
-    HEADER[:4] + b"\5" + token_file(range(256))[5:]: "is not a token file",
-    HEADER[:100]: "is not a token file",
-    b"": "is not a token file",
-    token_file(range(256))[:-1]: "was cut",
-    token_file(range(256)) + b"\0": "was cut",
-    token_file([]): "has 0 tokens, but meta.json says 256",
-}
-
-
-@pytest.mark.parametrize("name", ("train.bin", "val.bin"))
-@pytest.mark.parametrize("content", DAMAGED, ids=range(len(DAMAGED)))
-def test_a_damaged_token_file_is_refused_by_name_and_nobody_says_delete(content, name, by_hand):
-    (by_hand / name).write_bytes(content)
-    with pytest.raises(ValueError, match=f"^{by_hand / name} {DAMAGED[content]}") as refusal:
-        read_folder(by_hand)
-    assert "delete" not in str(refusal.value)
-
-
-def test_a_missing_token_file_is_refused_by_name(by_hand):
-    (by_hand / "val.bin").unlink()
-    with pytest.raises(ValueError, match=f"^{by_hand}/val.bin is missing"):
-        read_folder(by_hand)
-
-
-@pytest.mark.parametrize("recorded", (None, 255))
-def test_a_vocabulary_too_small_for_its_tokens_is_found_by_file_and_token(recorded, by_hand):
-    edited(by_hand, vocab_size=255)
-    if recorded:
-        edited(by_hand, train_largest=recorded, train_sha256="0" * 64)
-    with pytest.raises(ValueError, match=f"^{by_hand}/train.bin has the token 255, but a vocab"):
-        read_folder(by_hand)
-
-
-def test_a_file_that_cannot_be_read_is_a_ValueError_too(by_hand, monkeypatch):
-    def forbidden(path):
-        raise PermissionError(13, "Permission denied", str(path))
-
-    monkeypatch.setattr(prepare_data, "read_json", forbidden)
-    with pytest.raises(ValueError, match=f"Permission denied: '{by_hand}/meta.json'"):
-        read_folder(by_hand)
-
-
-def test_tokens_are_not_read_again_where_meta_json_has_what_they_are(tmp_path, monkeypatch):
-    (tmp_path / "a.txt").write_text(GERMAN)
-    assert prepared(tmp_path / "out", tmp_path / "a.txt") is None
-    monkeypatch.setattr(prepare_data, "scan", None)
-    read_folder(tmp_path / "out")
-
-
-def test_fingerprint_is_that_of_the_tokens_wherever_they_are(tmp_path):
-    for name, text in (("a", GERMAN), ("b", GERMAN), ("c", GERMAN[1:])):
-        (tmp_path / f"{name}.txt").write_text(text)
-        assert prepared(tmp_path / name, tmp_path / f"{name}.txt") is None
-    a, b, c = [fingerprint(read_folder(tmp_path / name)[2]) for name in "abc"]
-    assert a == b != c and re.fullmatch("t[0-9a-f]{15}", a)
-
-
-# ------------------------------------------------------------------------------------------------
-# prepare_data.py: tokens that people have
-
-
-@pytest.mark.parametrize("option, tokenizer", (("--tokenizer=gpt2", "gpt2"),
-                                               ("--vocab_size=300", None)))
-def test_shards_become_a_data_folder_and_stay_what_they_are(option, tokenizer, tiny_encoding,
-                                                             tmp_path):
-    shards = shards_folder(tmp_path / "shards", train=3, val=1)
-    before = content_of(tmp_path / "shards")
-    assert prepared(tmp_path / "out", tmp_path / "shards", option) is None
-    assert content_of(tmp_path / "shards") == before
-    train, val = all_tokens(tmp_path / "out")
-    assert val == shards.pop("web_val_000000.bin") and train == sum(shards.values(), [])
-    meta = read_folder(tmp_path / "out")[2]
-    assert meta["tokenizer"] == tokenizer
-    text = tiny_encoding.decode_bytes([token for token in val if token != 260])
-    assert meta["val"]["bytes"] == (len(text) if tokenizer else None)
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {".lock", "meta.json"}
-
-
-def test_nanogpts_folder_becomes_a_data_folder_and_stays_what_it_is(tmp_path, capsys):
-    tokens = nanogpt_folder(tmp_path / "nano")
-    before = content_of(tmp_path / "nano")
-    assert prepared(tmp_path / "out", tmp_path / "nano", "--vocab_size=65") is None
-    assert all_tokens(tmp_path / "out") == tokens and content_of(tmp_path / "nano") == before
-    said = capsys.readouterr().out
-    assert "left out (not *train*.bin or *val*.bin): input.txt, meta.pkl\n" in said
-
-
-def test_the_meta_json_may_lie_beside_the_tokens_if_out_says_so(tmp_path):
-    tokens = nanogpt_folder(tmp_path / "nano")
-    for _ in range(2):      # and the same command again is fine
-        assert prepared(tmp_path / "nano", tmp_path / "nano", "--vocab_size=65") is None
-    shutil.move(tmp_path / "nano", tmp_path / "moved")
-    assert all_tokens(tmp_path / "moved") == tokens
-
-
-def test_it_does_not_lie_there_by_default(tmp_path, monkeypatch):
-    nanogpt_folder(tmp_path / "data/nano")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["prepare_data.py", "data/nano", "--vocab_size=65"])
-    with pytest.raises(SystemExit, match="data/nano is the folder of your token files"):
-        prepare_data.main()
-    assert not (tmp_path / "data/nano/meta.json").exists()
-
-
-@pytest.mark.parametrize("name", ("web_valid_0.bin", "Validation-1.bin", "tokens.val.bin"))
-def test_validation_tokens_have_several_names(name, tmp_path):
-    shards_folder(tmp_path / "shards", train=1)
-    (tmp_path / "shards" / name).write_bytes(token_file([1, 2, 3]))
-    assert prepared(tmp_path / "out", tmp_path / "shards", "--vocab_size=261") is None
-    assert all_tokens(tmp_path / "out")[1] == [1, 2, 3]
-
-
-def raw(*tokens, dtype="<u2"):
-    return np.array(tokens, dtype).tobytes()
-
-
-GOOD = token_file([1, 2, 3])
-TOKENS_REFUSED = (      # (what the folder holds, options, words of the sentence)
-    ({"train.bin": GOOD, "val.bin": GOOD}, "", "take them with --tokenizer=NAME, or"),
-    ({"train.bin": raw(1, 2), "input.txt": b"norm"}, "", "holds token files (train.bin)"),
-    ({"a_train.bin": GOOD}, "--vocab_size=9", "none for val: a *val*.bin is missing"),
-    ({"a_val.bin": GOOD}, "--vocab_size=9", "none for train: a *train*.bin is missing"),
-    ({"train.bin": raw(1, 2)}, "--vocab_size=9", "none for val"),
-    ({"train.bin": GOOD, "val.bin": GOOD}, "--vocab_size=3",
-     "train.bin has the token 3, but a vocabulary of 3 ends at 2"),
-    ({"train.bin": GOOD, "val.bin": raw(1, 300)}, "--tokenizer=byte", "val.bin has the token 300"),
-    ({"train.bin": b"123", "val.bin": raw(1, 2)}, "--vocab_size=9", "train.bin has 3 bytes"),
-    ({"train.bin": b"", "val.bin": raw(1, 2)}, "--vocab_size=9", "train.bin has 0 bytes"),
-    ({"train.bin": raw(*range(99), dtype="<u4"), "val.bin": raw(1)}, "--vocab_size=99",
-     "seems to have tokens of four bytes"),
-    ({"train.bin": token_file([]), "val.bin": GOOD}, "--vocab_size=9", "has no token for train"),
-    ({"a_train.bin": GOOD[:-1], "a_val.bin": GOOD}, "--vocab_size=9", "a_train.bin was cut"),
-    ({"a_train.bin": raw(1, 2), "a_val.bin": GOOD}, "--vocab_size=9", "is not a token file"),
-    ({"a_train_val.bin": GOOD}, "--vocab_size=9", "its name says both"),
-    ({"train.bin": GOOD, "val.bin": GOOD}, "--tokenizer=gpt7", "there is no tokenizer 'gpt7'"),
-    ({"train.bin": GOOD, "val.bin": GOOD}, "--vocab_size=0", "--vocab_size must be more than 0"),
-    ({"train.bin": GOOD, "val.bin": GOOD}, "--vocab_size=9 --tokenizer=byte", "not both"),
-    ({"train.bin": GOOD, "val.bin": GOOD}, "--vocab_size=9 --field=a", "with your own text"),
+WRONG = (       # what is edited in meta.json, its values
+    ("vocab_size", (None, "256", 0, -3, 2.5, True, [])),
+    ("train", (None, 3, [], {"tokens": "256"}, {"tokens": 255}, {"format": "uint8"},
+               {"shards": {}}, {"shards": ["val.bin"]}, {"shards": {"train.bin": "256"}})),
 )
 
 
-@pytest.mark.parametrize("case", TOKENS_REFUSED, ids=range(len(TOKENS_REFUSED)))
-def test_tokens_that_are_not_right_are_refused_and_nothing_is_changed(case, tmp_path):
-    holds, options, words = case
-    (tmp_path / "in").mkdir()
-    for name, content in holds.items():
-        (tmp_path / "in" / name).write_bytes(content)
-    before = content_of(tmp_path / "in")
-    assert words in prepared(tmp_path / "out", tmp_path / "in", *options.split())
-    assert content_of(tmp_path / "in") == before
-    assert not (tmp_path / "out/meta.json").exists()
+@pytest.mark.parametrize("key, values", WRONG)
+def test_a_wrong_field_of_meta_json_is_refused(key, values, here):
+    for value in values:
+        by_hand(**{key: value})
+        with pytest.raises(ValueError, match="meta.json"):
+            read_folder("d")
 
 
-def test_files_of_another_kind_do_not_make_a_folder_of_texts_one_of_tokens(tmp_path):
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in/a.txt").write_text(GERMAN)
-    (tmp_path / "in/pretrained.bin").write_bytes(b"PK\x03\x04" * 500)
-    assert prepared(tmp_path / "out", tmp_path / "in") is None
-    assert b"".join(text_of(tmp_path / "out")) == GERMAN.encode()
+@pytest.mark.parametrize("content", ("{", "[]", "\0"))
+def test_a_damaged_meta_json_is_refused(content, here):
+    put({"d/meta.json": content})
+    with pytest.raises(ValueError, match="d/meta.json is damaged"):
+        read_folder("d")
+
+
+DAMAGED = {     # what a token file holds: words of the sentence
+    b"\0" + WHOLE[1:]: "is not a token file",
+    WHOLE[:4] + b"\5" + WHOLE[5:]: "is not a token file",
+    WHOLE[:100]: "is not a token file",
+    WHOLE[:-1]: "was cut",
+    WHOLE + b"\0": "was cut",
+    token_file(): "has 0 tokens, but meta.json says 256",
+}
+
+
+@pytest.mark.parametrize("content", DAMAGED, ids=range(len(DAMAGED)))
+def test_a_damaged_token_file_is_refused_by_name(content, here):
+    by_hand()
+    put({"d/val.bin": content})
+    with pytest.raises(ValueError, match=f"^d/val.bin {DAMAGED[content]}"):
+        read_folder("d")
+
+
+def test_tokens_beyond_the_vocabulary_are_refused(here):
+    by_hand({"largest": 255, "sha256": "0"}, vocab_size=255, train={"shards": {"0.bin": 1}})
+    put({"d/0.bin": token_file(1)})
+    with pytest.raises(ValueError, match="d/val.bin has the token 255, but a vocab"):
+        read_folder("d")
+
+
+@pytest.mark.parametrize("name", ("meta.json", "val.bin"))
+def test_a_missing_file_is_refused_by_name(name, here):
+    by_hand()
+    os.remove(f"d/{name}")
+    with pytest.raises(ValueError, match=name):
+        read_folder("d")
+
+
+def test_tokens_are_not_read_again_if_known(here, monkeypatch):
+    known = {"largest": 255, "sha256": "0"}
+    by_hand(known, train=known)
+    monkeypatch.setattr(prepare_data, "scan", None)
+    read_folder("d")
+
+
+def test_fingerprint_is_that_of_the_tokens(here):
+    by_hand()
+    before = fingerprint(read_folder("d")[2])
+    put({"d/val.bin": token_file(*[0] * 256)})
+    assert re.fullmatch("t[0-9a-f]{15}", before) and fingerprint(read_folder("d")[2]) != before
+
+
+TOKENS = (      # what a folder of tokens that people have holds
+    {"in/a_train_1.bin": token_file(1, 260), "in/a_train_2.bin": token_file(3, 4),
+     "in/Valid.bin": token_file(258, 260)},
+    {"in/train.bin": raw(1, 260, 3, 4), "in/val.bin": raw(258, 260), "in/input.txt": b"norm",
+     "in/._train.bin": b"hidden"},
+)
+
+
+@pytest.mark.parametrize("files", TOKENS, ids=["llm.c", "nanoGPT"])
+@pytest.mark.parametrize("option, num_bytes", (("tokenizer=gpt2", 4), ("vocab_size=261", None)))
+@pytest.mark.parametrize("out", ("in", "out"))
+def test_token_files_become_data_as_they_are(files, option, num_bytes, out, tiny_encoding, here):
+    for _ in range(2):      # the same command again is fine
+        assert made(files, "in", f"--{option}", out=out) == [[1, 260, 3, 4], [258, 260]]
+    assert read_folder(out)[2]["val"]["bytes"] == num_bytes
+    assert content().keys() == {*files, f"{out}/meta.json"}
+    assert files.items() <= content().items()
+    Path(out).rename("moved")
+    assert all_tokens("moved")[1] == [258, 260]
 
 
 # ------------------------------------------------------------------------------------------------
 # prepare_data.py: nothing of the user's is overwritten
 
 
-def write_texts(folder):
-    (folder / "a.txt").write_text(GERMAN)
-    (folder / "b.txt").write_text("norm\n" * 400)
+@pytest.mark.parametrize("command, names", (
+    ("a.txt", ["train.bin", "val.bin"]), ("shakespeare", ["val.bin"]), ("fineweb", ["meta.json"])))
+def test_files_that_we_did_not_write_are_kept(command, names, here):
+    put({**TEXT, **{f"out/{name}": "mine" for name in names}})
+    before = content()
+    held = " and ".join(names)
+    assert f"out holds {held}, not made by prepare_data.py; " in prepared("out", command)
+    assert content() == before
 
 
-FOREIGN = {     # what the output folder holds
-    "token files": {"train.bin": b"mine", "val.bin": b"mine"},
-    "one of them": {"val.bin": b"mine"},
-    "meta.json": {"meta.json": b'{"vocab_size": 5}'},
-    "a damaged meta.json": {"meta.json": b"{", "train.bin": b"mine"},
-}
+@pytest.mark.parametrize("options", ("b.txt", "a.txt --tokenizer=gpt2", "a.txt --val=b.txt"))
+def test_data_of_another_command_are_kept(options, tiny_encoding, here):
+    made({**TEXT, "b.txt": GERMAN}, "a.txt")
+    before = content()
+    made_by = f"prepare_data.py {here}/a.txt --tokenizer=byte"
+    assert f"out holds the data of `{made_by}`" in prepared("out", *options.split())
+    assert content() == before
 
 
-@pytest.mark.parametrize("foreign", FOREIGN)
-def test_files_that_we_did_not_write_are_not_overwritten(foreign, tmp_path):
-    write_texts(tmp_path)
-    (tmp_path / "out").mkdir()
-    for name, content in FOREIGN[foreign].items():
-        (tmp_path / "out" / name).write_bytes(content)
-    before = content_of(tmp_path / "out")
-    sentence = prepared(tmp_path / "out", tmp_path / "a.txt")
-    for words in (*FOREIGN[foreign], "not made by prepare_data.py", "--out=", "--overwrite"):
-        assert words in sentence
-    assert content_of(tmp_path / "out") == before and "delete" not in sentence
-    assert prepared(tmp_path / "out", tmp_path / "a.txt", "--overwrite") is None
-    assert b"".join(text_of(tmp_path / "out")) == GERMAN.encode()
+def test_overwrite_replaces_data_and_nothing_else(here):
+    files = {"a.txt": GERMAN, "out/train.bin": b"mine", "out/notes": b"mine"}
+    assert text_of(made(files, "a.txt", "--overwrite")) == GERMAN
+    assert Path("out/notes").read_bytes() == b"mine"
 
 
-@pytest.mark.parametrize("options", ("b.txt", "a.txt --tokenizer=gpt2", "a.txt --val=b.txt",
-                                     "a.txt --field=content"))
-def test_data_of_another_command_are_not_overwritten(options, tiny_encoding, tmp_path, monkeypatch):
-    write_texts(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    assert prepared("out", "a.txt") is None
-    before = content_of(tmp_path / "out")
-    sentence = prepared("out", *options.split())
-    assert f"out holds the data of `prepare_data.py {tmp_path}/a.txt --tokenizer=byte`" in sentence
-    assert "--out=" in sentence and "--overwrite" in sentence
-    assert content_of(tmp_path / "out") == before
-    assert prepared("out", *options.split(), "--overwrite") is None
+def test_files_that_come_meanwhile_are_kept(here, monkeypatch):
+    put(TEXT)
+    write_json = prepare_data.write_json
+
+    def write_late(*args):
+        write_json(*args)
+        put({"out/train.bin": b"mine"})
+
+    monkeypatch.setattr(prepare_data, "write_json", write_late)
+    assert "out holds train.bin, not made by" in prepared("out", "a.txt")
+    assert content() == {"a.txt": TEXT["a.txt"].encode(), "out/train.bin": b"mine"}
 
 
-def test_a_folder_of_texts_may_hold_its_own_data(tmp_path):
-    (tmp_path / "notes.txt").write_text(GERMAN)
+def test_a_folder_of_texts_may_hold_its_own_data(here):
     for _ in range(2):
-        assert prepared(tmp_path, tmp_path) is None
-        assert b"".join(text_of(tmp_path)) == GERMAN.encode()
-    assert (tmp_path / "notes.txt").read_text() == GERMAN
+        assert text_of(made({"in/a.txt": GERMAN}, "in", out="in")) == GERMAN
 
 
-def test_a_changed_text_replaces_its_own_data(tmp_path):
-    write_texts(tmp_path)
-    for text in (GERMAN, "norm\n" * 400):
-        (tmp_path / "a.txt").write_text(text)
-        assert prepared(tmp_path / "out", tmp_path / "a.txt") is None
-        assert b"".join(text_of(tmp_path / "out")) == text.encode()
+def test_unchanged_data_stay_and_damaged_ones_are_mended(here):
+    made(TEXT, "a.txt")
+    before = os.stat("out/train.bin").st_ino
+    made(TEXT, "a.txt")
+    assert os.stat("out/train.bin").st_ino == before
+    whole = content()
+    put({"out/train.bin": whole["out/train.bin"][:-1] + b"\xff"})
+    made(TEXT, "a.txt")
+    assert content() == whole
 
 
-def test_unchanged_data_stay_where_they_are_read_and_damaged_ones_are_mended(tmp_path):
-    write_texts(tmp_path)
-    assert prepared(tmp_path / "out", tmp_path / "a.txt") is None
-    path = tmp_path / "out/train.bin"
-    inode = path.stat().st_ino
-    assert prepared(tmp_path / "out", tmp_path / "a.txt") is None and path.stat().st_ino == inode
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-1] + b"\xff")
-    assert prepared(tmp_path / "out", tmp_path / "a.txt") is None and path.read_bytes() == whole
+@pytest.mark.parametrize("number", range(7))
+def test_a_kill_leaves_nothing_that_looks_finished(number, here, capsys):
+    """Before one of the renames, of a text as long as before. The same command mends it."""
+    made({"a.txt": "norm" * 99}, "a.txt")
+    put({"a.txt": "form" * 99})
+    replace = os.replace
+    calls = itertools.count()
+
+    def replace_or_die(*paths):
+        if next(calls) == number:
+            os.kill(os.getpid(), 9)
+        replace(*paths)
+
+    def prepare_and_die():
+        os.rename = replace_or_die
+        os.replace = replace_or_die
+        prepared("out", "a.txt")
+
+    assert ended(prepare_and_die) == [-9 if number < 6 else 0]
+    if number < 3:
+        assert text_of(all_tokens("out")) == "norm" * 99
+    elif number < 6:
+        with pytest.raises(ValueError, match="out is not finished; repeat its command: python "):
+            read_folder("out")
+    assert text_of(made({}, "a.txt")) == "form" * 99
+    assert ("remove what a killed one left: out/.out." in capsys.readouterr().out) == (number < 6)
 
 
-def test_a_refused_text_leaves_its_old_data_whole(tmp_path):
-    write_texts(tmp_path)
-    assert prepared(tmp_path / "out", tmp_path / "a.txt") is None
-    before = content_of(tmp_path / "out")
-    (tmp_path / "a.txt").write_bytes(GERMAN.encode("latin-1"))
-    assert "not UTF-8" in prepared(tmp_path / "out", tmp_path / "a.txt")
-    assert content_of(tmp_path / "out") == before
+def test_a_data_folder_given_as_a_source_is_said_to_be_one(here):
+    made(TEXT, "a.txt")
+    assert "out is a data folder already" in prepared("again", "out")
+    made(TOKENS[0], "in", "--vocab_size=261", out="in")
+    assert "in is a data folder already" in prepared("again", "in", "--vocab_size=261")
 
 
-@pytest.mark.parametrize("renamed, whole", ((1, b"norm\n"), (2, None), (3, None), (4, b"form\n")))
-def test_killed_tokenization_leaves_nothing_that_looks_finished(renamed, whole, tmp_path):
-    """Of a text with as many tokens as the text before. The same command mends it."""
-    (tmp_path / "a.txt").write_text("norm\n" * 100)
-    assert prepared(tmp_path / "out", tmp_path / "a.txt") is None
-    (tmp_path / "a.txt").write_text("form\n" * 100)
-    killed_at_rename(renamed, tmp_path / "out", tmp_path / "a.txt")
-    if whole:
-        assert b"".join(text_of(tmp_path / "out")) == whole * 100
-    else:
-        with pytest.raises(ValueError, match="is not finished; repeat its command: python prepare"):
-            read_folder(tmp_path / "out")
-    assert prepared(tmp_path / "out", tmp_path / "a.txt") is None
-    assert b"".join(text_of(tmp_path / "out")) == b"form\n" * 100
-    names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {".lock", "meta.json", "train.bin", "val.bin"}
-
-
-def test_a_data_folder_given_as_a_source_is_said_to_be_one(tmp_path, monkeypatch):
-    write_texts(tmp_path)
-    assert prepared(tmp_path / "out", tmp_path / "a.txt") is None
-    assert "out is a data folder already" in prepared(tmp_path / "again", tmp_path / "out")
-
-
-def test_a_file_is_on_the_disk_before_it_replaces_another_and_then_its_name_is(tmp_path,
-                                                                                monkeypatch):
+def test_a_file_is_on_the_disk_before_its_name_is(here, monkeypatch):
     events = []
-    rename = os.replace
-
-    def note_rename(*paths):
-        events.append("renamed")
-        rename(*paths)
-
-    monkeypatch.setattr(os, "fsync", lambda number: events.append(os.fstat(number).st_ino))
-    monkeypatch.setattr(os, "replace", note_rename)
-    prepare_data.write_aside(tmp_path / "file", lambda file: file.write(b"new"))
-    assert events == [(tmp_path / "file").stat().st_ino, "renamed", tmp_path.stat().st_ino]
+    monkeypatch.setattr(prepare_data, "sync", events.append)
+    monkeypatch.setattr(os, "replace", lambda *paths: events.append(paths))
+    prepare_data.write_aside("file", lambda file: file.write(b"new"))
+    assert events == [Path("file.tmp"), (Path("file.tmp"), "file"), Path()]
 
 
-def test_a_second_process_in_one_folder_is_refused(tmp_path):
-    write_texts(tmp_path)
-    (tmp_path / "out").mkdir()
-    with open(tmp_path / "out/.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        sentence = prepared(tmp_path / "out", tmp_path / "a.txt")
-    assert f"another process is writing to {tmp_path}/out" in sentence
-    assert prepared(tmp_path / "out", tmp_path / "a.txt") is None
+def test_a_folder_that_cannot_be_synced_is_no_error(here, monkeypatch):
+    def fsync(descriptor):
+        raise OSError(errno.EINVAL, "Invalid argument")
 
-
-def test_a_second_process_waits_for_the_standard_library(tmp_path):
-    """As trainings do that start at once."""
-    with open(tmp_path / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-
-        def prepare():
-            lock.close()        # inherited: else it would wait for itself
-            prepare_data.prepare_stdlib(tmp_path, progress=False)
-
-        waiting = forked(prepare)
-        waiting.join(1)
-        assert waiting.is_alive() and not (tmp_path / "meta.json").exists()
-    waiting.join()
-    assert waiting.exitcode == 0 and len(read_folder(tmp_path)[0]) > 0
-
-
-def test_what_another_process_wrote_meanwhile_is_not_overwritten(tmp_path, monkeypatch):
-    write_texts(tmp_path)
-    path = tmp_path / "out/train.bin"
-    monkeypatch.setattr(fcntl, "flock", lambda lock, how: path.write_bytes(b"mine"))
-    assert "out holds train.bin" in prepared(tmp_path / "out", tmp_path / "a.txt")
-    assert path.read_bytes() == b"mine"
+    monkeypatch.setattr(os, "fsync", fsync)
+    prepare_data.sync(".")
+    put(TEXT)
+    with pytest.raises(OSError):
+        prepare_data.sync("a.txt")
 
 
 # ------------------------------------------------------------------------------------------------
-# prepare_data.py: paths, terminals and options
+# prepare_data.py: terminals
 
 
-@pytest.mark.parametrize("name", ("two words", "Anna's \"A & B\"", "back\\slash", "$(touch run)",
-                                  "ünï", os.fsdecode(b"latin-\xfc")))
-def test_a_path_may_have_any_name(name, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    source = tmp_path / name
-    source.mkdir()
-    (source / f"{name}.txt").write_text(GERMAN)
-    out = source / "out"
-    for _ in range(2):
-        assert prepared(out, source) is None
-    assert b"".join(text_of(out)) == GERMAN.encode()
-    tokens = source / "tokens"
-    assert prepared(tokens, out, "--vocab_size=256") is not None      # it is a data folder already
-    shards_folder(source / "shards", 256, train=1, val=1)
-    assert prepared(tokens, source / "shards", "--tokenizer=byte") is None
-    assert len(all_tokens(tokens)[0]) == 300
-    assert not Path("run").exists()
-
-
-def test_a_tilde_is_the_home_in_every_path(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    write_texts(tmp_path)
-    assert prepared("~/out", "~/a.txt", "--val=~/b.txt") is None
-    train, val, _ = read_folder("~/out")
-    assert len(train) == len(GERMAN.encode()) and len(val) == 2000
-    assert (tmp_path / "out/meta.json").exists()
-
-
-def test_the_default_folder_has_the_sources_name(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "a.b.TXT.gz").write_bytes(gzip.compress(GERMAN.encode()))
-    monkeypatch.setattr(sys, "argv", ["prepare_data.py", "a.b.TXT.gz"])
+def test_the_default_folder_has_the_sources_name(here, monkeypatch):
+    put({"a.b.TXT.gz": GERMAN})
+    monkeypatch.setenv("HOME", str(here))
+    monkeypatch.setattr(sys, "argv", ["prepare_data.py", "~/a.b.TXT.gz"])
     prepare_data.main()
-    assert b"".join(text_of(tmp_path / "data/a.b")) == GERMAN.encode()
+    assert text_of(all_tokens("~/data/a.b")) == GERMAN
 
 
-def test_any_terminal_shows_the_report_and_a_script_without_docstrings_works(tmp_path):
-    name = os.fsdecode("Fluß-ν-".encode() + b"\xfc.pdf")
-    (tmp_path / name).touch()
-    (tmp_path / "a.txt").write_text(GERMAN)
-    for encoding, flag in (("ascii", "-OO"), ("latin-1", "-O")):
-        done = process(flag, HERE / "prepare_data.py", tmp_path, f"--out={tmp_path}/out",
-                       PYTHONIOENCODING=encoding)
-        assert done.returncode == 0 and "it begins: 'Der Flu" in done.stdout
-        assert "left out (not .txt, .md or .jsonl): " in done.stdout
+def test_any_terminal_and_windows_line_ends_do(here):
+    script = (HERE / "prepare_data.py").read_bytes().replace(b"\n", b"\r\n")
+    put({"prepare_data.py": script, "in/Fluß-ν.pdf": "", "in/a.txt": GERMAN})
+    done = process("-OO", here / "prepare_data.py", here / "in", f"--out={here}/out",
+                   PYTHONIOENCODING="ascii")
+    assert done.returncode == 0 and "it begins: 'Der Flu" in done.stdout
 
 
-def test_a_closed_pipe_ends_it_quietly(tmp_path):
-    write_texts(tmp_path)
-    done = process("-c", "import subprocess, sys; "
-                   "child = subprocess.Popen(sys.argv[1:], stdout=subprocess.PIPE); "
-                   "child.stdout.close(); sys.exit(child.wait())",
-                   sys.executable, HERE / "prepare_data.py", tmp_path / "a.txt",
-                   f"--out={tmp_path}/out")
-    assert done.returncode == 1
-    assert "prepare_data.py" not in done.stderr and "Traceback" not in done.stderr
+def test_a_closed_pipe_ends_it_quietly(here):
+    put(TEXT)
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([sys.executable, HERE / "prepare_data.py", "a.txt"], stdout=writing,
+                          stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1 and "prepare_data.py" not in done.stderr
 
 
-@pytest.mark.parametrize("argv, words", (
-    ("a.txt --tokenizer=gpt7", "no tokenizer 'gpt7'"),
-    ("a.txt", "475 tokens for train are too many: a file can hold 474"),
-    ("--width=3", "unrecognized"),
-    ("a.txt --over", "unrecognized"),
-    ("a.txt --vocab_size=x", "invalid int"),
-    ("a.txt --vocab_size=9", "with a folder of token files"),
-    ("a.txt --tokens=5", "with fineweb"),
-    ("shakespeare --tokens=5", "with fineweb"),
-    ("--val=a.txt", "with your own text"),
-    ("a.txt --val=none.txt", "there is no file or folder none.txt"),
-    ("a.txt --val=a.txt", "has no text beside that of a.txt"),
-    ("fineweb_edu --tokenizer=byte", "of gpt2"),
-    ("fineweb --tokens=0", "between 1 and 10,300,000,000"),
-    ("fineweb --tokens=1.04e10", "between 1 and"),
-    ("fineweb_edu --tokens=1.002e11", "between 1 and"),
-    ("fineweb --tokens=nan", "between 1 and"),
-))
-def test_impossible_options_get_one_sentence(argv, words, tmp_path, monkeypatch):
-    (tmp_path / "a.txt").write_text("norm\n" * 100)
-    monkeypatch.setattr(prepare_data, "MAX_TOKENS", 474)
-    monkeypatch.chdir(tmp_path)
-    assert words in prepared("out", *argv.split())
-    assert not list(tmp_path.glob("out/[a-z]*"))
-
-
-def test_a_folder_that_cannot_be_written_gets_one_sentence(tmp_path):
-    write_texts(tmp_path)
-    assert "File exists" in prepared(tmp_path / "b.txt", tmp_path / "a.txt")
-    assert (tmp_path / "b.txt").read_text() == "norm\n" * 400
+def test_closed_outputs_do_not_matter(here, monkeypatch):
+    put(TEXT)
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert prepared("out", "a.txt") is None
 
 
 # ------------------------------------------------------------------------------------------------
-# prepare_data.py: downloads from a local server
+# prepare_data.py: downloads from an imitated server
 
 
-class Server(http.server.BaseHTTPRequestHandler):
-    """Serves server.files, with server.faults in the next answers. server.asked: {file: [first
-    byte of each request]}."""
+class Broken(io.BytesIO):
+    """The body of an answer whose connection breaks."""
 
-    def log_message(self, *args):
-        pass
+    def read(self, size):
+        block = super().read(size)
+        if not block:
+            raise requests.ConnectionError("broken")
+        return block
 
-    def do_GET(self):
-        server = self.server
-        name = self.path[1:]
-        first = int(re.fullmatch(r"bytes=(\d+)-", self.headers["Range"])[1])
-        server.asked.setdefault(name, []).append(first)
-        fault = ""
-        if server.faults:
-            fault = server.faults.pop(0)
+
+class Server:
+    """Has four shards of 1,000 tokens and one for validation."""
+
+    def __init__(self):
+        self.files = {name: token_file(*[7] * 1000) for name in (VAL, *TRAIN)}
+        self.faults = []        # in the next answers
+        self.asked = []         # (file, first byte, authorization) of each request
+
+    def get(self, url, headers, stream, timeout):
+        name = url.split("/")[-1]
+        first = int(headers["Range"].removeprefix("bytes=").removesuffix("-"))
+        self.asked.append((name, first, headers.get("Authorization")))
+        fault = self.faults.pop(0) if self.faults else ""
         if fault == "silent":
-            server.end.wait()
-            return
-
-        whole = server.files[name]
-        contents = {
-            "page": b"<html>",
-            "short": whole[:-2],
-            "long": whole + b"\0\0",
-            "foreign": whole[:-2] + b"\xff\xff",
-        }
-        body = contents.get(fault, whole)
-        status = 200
-        if fault not in ("rangeless", "page"):
-            body = body[first:]
-            status = 206
-            if body == b"":
-                status = 416
-        if fault == "503":
-            status = 503
-            body = b""
-        self.send_response(status)
-        self.send_header("Content-Length", len(body))
-        self.end_headers()
-        if fault in ("cut", "stall"):
-            body = body[:len(body) // 2]
-        self.wfile.write(body)
-        if fault == "stall":
-            server.end.wait()
+            raise requests.Timeout("timed out")
+        body = self.files[name][first:]
+        answer = requests.Response()
+        answer.status_code = 206 if body else 416
+        if fault in ("429", "503"):
+            answer.status_code = int(fault)
+            answer.headers["Retry-After"] = {"429": "3600", "503": "soon"}[fault]
+        if fault in ("whole", "page"):
+            answer.status_code = 200
+            body = self.files[name] if fault == "whole" else b"<html>"
+        answer.raw = io.BytesIO(body)
+        if fault == "cut":
+            answer.raw = Broken(body[:99])
+        if fault == "long":
+            answer.raw = io.BytesIO(body + b"no")
+        return answer
 
 
 @pytest.fixture
-def server(monkeypatch, tiny_encoding):
-    """A server with four shards of 100,000 tokens and one for validation."""
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
-        server.daemon_threads = True
-        server.end = threading.Event()
-        server.faults = []
-        server.asked = {}
-        random = np.random.default_rng(0)
-        server.files = {name: token_file(random.integers(0, 261, 100_000))
-                        for name in (VAL, *TRAIN)}
-        url = f"http://127.0.0.1:{server.server_port}/"
-        monkeypatch.setitem(prepare_data.FINEWEB, "fineweb",
-                            (url, "fineweb_{split}_{number:06d}.bin", len(TRAIN)))
-        monkeypatch.setattr(prepare_data, "SHAKESPEARE", url)
-        monkeypatch.setattr(prepare_data, "SHARD_TOKENS", 100_000)
-        monkeypatch.setattr(prepare_data, "PATIENCE", 30)
-        monkeypatch.setattr(prepare_data, "BACKOFF", 0.01)
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        yield server
-        server.end.set()
-        server.shutdown()
+def server(here, monkeypatch, tiny_encoding):
+    server = Server()
+    monkeypatch.setattr(requests, "get", server.get)
+    monkeypatch.setattr(requests, "head", lambda url: None)
+    monkeypatch.setattr(prepare_data, "SHARD_TOKENS", 1000)
+    monkeypatch.setattr(prepare_data, "BACKOFF", 0)
+    return server
 
 
-def fineweb(server, out, tokens=1e5):
-    """None, if out holds shards that are the server's; else the sentence of the refusal."""
-    server.asked.clear()
-    refusal = prepared(out, "fineweb", f"--tokens={tokens}")
-    if refusal is None:
-        for path in out.glob("*.bin*"):
-            assert path.read_bytes() == server.files[path.name]
-    return refusal
-
-
-@pytest.mark.parametrize("faults, requests", (
-    ("503 503", 3), ("cut rangeless", 2), ("page", 2), ("short", 2), ("foreign", 2),
-    ("cut long", 3), ("cut page", 3)))
-def test_download_gets_over_what_servers_do(faults, requests, server, tmp_path):
+@pytest.mark.parametrize("faults, first", (
+    ("503 503", [0, 0, 0]), ("silent", [0, 0]), ("cut whole", [0, 99]), ("page", [0, 0]),
+    ("cut cut long", [0, 99, 198, 0]), ("cut page", [0, 99, 0])))
+def test_download_gets_over_what_servers_do(faults, first, server):
     """It goes on where it was, and begins again if what came is not right."""
     server.faults += faults.split()
-    assert fineweb(server, tmp_path) is None
-    assert len(server.asked[VAL]) == requests
-    assert (0 < server.asked[VAL][1] <= 100_512) == faults.startswith("cut")
+    assert made({}, "fineweb", "--tokens=1e3") == [[7] * 1000] * 2
+    assert [asked[1] for asked in server.asked] == [*first, 0]
 
 
-@pytest.mark.parametrize("faults", ("silent", "stall", "cut stall cut"))
-def test_download_gets_over_servers_that_fall_silent(faults, server, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare_data, "PATIENCE", 1)
-    server.faults += faults.split()
-    assert fineweb(server, tmp_path) is None
+def test_download_waits_up_to_a_minute_if_asked_to(server, monkeypatch, capsys):
+    waits = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    server.faults += ["429"]
+    made({}, "fineweb", "--tokens=1e3")
+    assert 60 in waits and "the server is busy; waiting for 60 s" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("fault, words", (
-    ("503", "503"), ("silent", "timed out"), ("page", "not a token file"), ("long", "was cut"),
-    ("foreign", "has the token 65,535")))
-def test_download_says_what_is_wrong_and_goes_on_later(fault, words, server, tmp_path, monkeypatch):
-    if fault == "silent":
-        monkeypatch.setattr(prepare_data, "PATIENCE", 1)
-        monkeypatch.setattr(prepare_data, "ATTEMPTS", 2)
-    server.faults += [fault] * prepare_data.ATTEMPTS
-    refusal = fineweb(server, tmp_path)
-    assert words in refusal and VAL in refusal
-    assert {path.name for path in tmp_path.iterdir()} <= {".lock", f"{VAL}.part"}
-    monkeypatch.setattr(prepare_data, "PATIENCE", 30)
-    assert fineweb(server, tmp_path) is None
+def test_download_says_what_is_wrong_and_goes_on_later(server):
+    server.faults += ["503"] * prepare_data.ATTEMPTS
+    refusal = prepared("out", "fineweb", "--tokens=1e3")
+    assert "503" in refusal and VAL in refusal and not os.path.exists("out/meta.json")
+    made({}, "fineweb", "--tokens=1e3")
 
 
-def test_only_what_is_asked_for_and_not_there_is_downloaded(server, tmp_path):
-    assert fineweb(server, tmp_path, 150_001) is None
-    assert set(server.asked) == {VAL, *TRAIN[:2]}
-    assert fineweb(server, tmp_path, 2e5) is None and not server.asked
-    train, val, meta = read_folder(tmp_path)
-    shards = server.files[TRAIN[0]][1024:] + server.files[TRAIN[1]][1024:]
-    assert train[0:200_000].tobytes() == shards
-    assert len(train) == 200_000 == meta["train"]["tokens"] and len(val) == 100_000
-    assert fineweb(server, tmp_path, 3e5) is None and set(server.asked) == {TRAIN[2]}
-    assert len(read_folder(tmp_path)[0]) == 300_000
+def test_only_what_is_missing_is_downloaded(server):
+    """Also after a kill, be it between a file's last byte and its name."""
+    put({f"out/{VAL}.part": server.files[VAL][:99], f"out/{TRAIN[0]}.part": server.files[VAL]})
+    assert len(made({}, "fineweb", "--tokens=1001")[0]) == 2000
+    assert len(made({}, "fineweb", "--tokens=3e3")[0]) == 3000
+    asked = [(VAL, 99), (TRAIN[0], 3024), (TRAIN[1], 0), (TRAIN[2], 0)]
+    assert [request[:2] for request in server.asked] == asked
 
 
-def test_bytes_are_counted_once_there_is_a_vocabulary(server, tiny_encoding, tmp_path, monkeypatch,
-                                                      capsys):
-    with monkeypatch.context() as patch:
-        patch.setattr(tiktoken, "get_encoding", lambda name: open("/none/vocabulary"))
-        assert fineweb(server, tmp_path) is None
-    assert read_folder(tmp_path)[2]["val"]["bytes"] is None
+@pytest.mark.parametrize("command, sent", (("fineweb --tokens=1e3", "Bearer secret"),
+                                           ("shakespeare", None)))
+def test_the_token_goes_to_hugging_face_alone(command, sent, server, monkeypatch):
+    server.files["input.txt"] = b"norm"
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    prepared("out", *command.split())
+    assert {request[2] for request in server.asked} == {sent}
+
+
+def test_a_mirror_can_take_the_place_of_hugging_face(here, monkeypatch):
+    asked = []
+    monkeypatch.setenv("HF_ENDPOINT", "http://mirror/of/it")
+    monkeypatch.setattr(requests, "head", asked.append)
+    monkeypatch.setattr(prepare_data, "download", lambda *args: asked.append(args[0]))
+    prepared("out", "fineweb", "--tokens=1")
+    assert {url.partition("/datasets/kjj0/")[0] for url in asked} == {"http://mirror/of/it"}
+
+
+def test_bytes_are_counted_once_there_is_a_vocabulary(server, tiny_encoding, monkeypatch, capsys):
+    for vocabulary, num_bytes in (("/none", None), ("/dev/null", 1000)):
+        def get_encoding(name):
+            open(vocabulary)
+            return tiny_encoding
+
+        monkeypatch.setattr(tiktoken, "get_encoding", get_encoding)
+        made({}, "fineweb", "--tokens=1e3")
+        assert read_folder("out")[2]["val"]["bytes"] == num_bytes
     assert "bits per byte will be unknown" in capsys.readouterr().out
-    assert fineweb(server, tmp_path) is None
-    val = all_tokens(tmp_path)[1]
-    text = tiny_encoding.decode_bytes([token for token in val if token != 260])
-    assert read_folder(tmp_path)[2]["val"]["bytes"] == len(text)
-
-
-def test_killed_download_goes_on_where_it_was(server, tmp_path):
-    """Also one that was killed between a file's last byte and its name."""
-    server.faults += ["stall"]
-    child = forked(lambda: prepared(tmp_path, "fineweb", "--tokens=1e5"))
-    part = tmp_path / f"{VAL}.part"
-    while not (part.exists() and part.stat().st_size) and child.is_alive():
-        time.sleep(0.01)
-    assert "another process is writing" in fineweb(server, tmp_path)
-    child.kill()
-    child.join()
-    size = part.stat().st_size
-    assert 0 < size < 100_512 and not (tmp_path / VAL).exists()
-    (tmp_path / f"{TRAIN[0]}.part").write_bytes(server.files[TRAIN[0]])
-    assert fineweb(server, tmp_path) is None
-    assert server.asked == {VAL: [size], TRAIN[0]: [201_024]}
 
 
 @pytest.mark.parametrize("lacking", (0, 1))
-def test_the_disk_must_have_room_for_what_is_not_there_yet(lacking, server, tmp_path, monkeypatch):
-    (tmp_path / f"{VAL}.part").write_bytes(server.files[VAL][:1000])
-    needed = 2 * 201_024 - 1000
-    free = shutil._ntuple_diskusage(0, 0, needed - lacking)
+def test_the_disk_must_have_room_for_what_is_missing(lacking, server, monkeypatch):
+    put({f"out/{VAL}.part": server.files[VAL][:99]})
+    free = shutil._ntuple_diskusage(0, 0, 2 * 3024 - 99 - lacking)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
-    refusal = fineweb(server, tmp_path)
-    if lacking:
-        assert f"{needed:,} bytes are to be downloaded" in refusal and not server.asked
-    else:
-        assert refusal is None
+    refusal = prepared("out", "fineweb", "--tokens=1e3") or ""
+    assert ("5,949 bytes are to be downloaded" in refusal) == bool(lacking) == (not server.asked)
 
 
-def test_downloaded_shards_are_a_data_folder_already(server, tmp_path):
-    assert fineweb(server, tmp_path) is None
-    for argv in ((tmp_path,), (tmp_path, "--tokenizer=gpt2")):
-        assert "is a data folder already" in prepared(tmp_path / "other", *argv)
-
-
-def test_downloads_leave_a_foreign_meta_json_alone(server, tmp_path):
-    (tmp_path / "meta.json").write_text('{"mine": 1}')
-    assert "meta.json, not made by prepare_data.py" in fineweb(server, tmp_path)
-    assert (tmp_path / "meta.json").read_text() == '{"mine": 1}' and not server.asked
-
-
-def test_shakespeare_is_tokenized_here_if_it_is_what_it_should_be(server, tmp_path, monkeypatch):
-    text = b"First Citizen:\nBefore we proceed any further, hear me speak.\n\n" * 50
-    server.files["input.txt"] = text.replace(b"speak", b"smile")
-    monkeypatch.setattr(prepare_data, "SHAKESPEARE_SHA256", hashlib.sha256(text).hexdigest())
-    assert "is not the text of Shakespeare's" in prepared(tmp_path, "shakespeare")
-    assert not (tmp_path / "input.txt").exists()
-    server.files["input.txt"] = text
-    server.asked.clear()
+def test_shakespeare_is_tokenized_if_it_is_what_it_should_be(server, monkeypatch):
+    server.files["input.txt"] = b"smile" * 50
+    digest = hashlib.sha256(b"speak" * 50).hexdigest()
+    monkeypatch.setattr(prepare_data, "SHAKESPEARE_SHA256", digest)
+    assert "is not the text of Shakespeare's" in prepared("out", "shakespeare")
+    server.files["input.txt"] = b"speak" * 50
     for _ in range(2):
-        assert prepared(tmp_path, "shakespeare") is None
-        assert b"".join(text_of(tmp_path)) == text
-    assert server.asked == {"input.txt": [0]}
+        assert text_of(made({}, "shakespeare")) == "speak" * 50
 
 
-def test_another_input_txt_is_not_taken_for_shakespeare(server, tmp_path):
-    (tmp_path / "input.txt").write_text("mine")
-    assert "input.txt is not the text of Shakespeare's" in prepared(tmp_path, "shakespeare")
-    assert (tmp_path / "input.txt").read_text() == "mine"
+def test_another_input_txt_is_not_taken_for_shakespeare(server):
+    put({"out/input.txt": "mine"})
+    assert "input.txt is not the text of Shakespeare's" in prepared("out", "shakespeare")
+    assert content() == {"out/input.txt": b"mine"}
 
 
-@pytest.mark.parametrize("network", ("refuses", "says nothing", "has a name server that hangs"))
-@pytest.mark.parametrize("source, words", (
+def refuse(*args, **options):
+    raise socket.gaierror("Name or service not known")
+
+
+@pytest.mark.parametrize("name_server", (refuse, lambda *args, **options: time.sleep(9)))
+@pytest.mark.parametrize("command, words", (
     ("fineweb", "without a network, use `python prepare_data.py`"),
-    ("requirements.txt --tokenizer=gpt2", "set TIKTOKEN_CACHE_DIR")))
-def test_no_network_is_said_in_one_sentence(source, words, network, tmp_path):
-    """Of the true addresses, by a proxy that nobody listens at or that says nothing, or with a name
-    server that hangs for longer than this test may last."""
-    assert prepare_data.PATIENCE <= 8
-    hang = ""
-    code = "import socket, time, prepare_data as p; p.PATIENCE = 0.5; {}; p.main()"
-    with socket.create_server(("127.0.0.1", 0)) as proxy:
-        url = f"http://127.0.0.1:{proxy.getsockname()[1]}"
-        if network == "refuses":
-            proxy.close()
-        if network == "has a name server that hangs":
-            url = ""
-            hang = "socket.getaddrinfo = lambda *args, **options: time.sleep(999)"
-        done = process("-c", code.format(hang or "pass"), *source.split(), f"--out={tmp_path}/out",
-                       HTTPS_PROXY=url, https_proxy=url, NO_PROXY="", no_proxy="",
-                       TIKTOKEN_CACHE_DIR=str(tmp_path))
-    assert done.returncode == 1 and done.stderr.count("\n") == 1 and words in done.stderr
-    assert not list(tmp_path.glob("out/[a-z]*"))
+    ("a.txt --tokenizer=gpt2", "set TIKTOKEN_CACHE_DIR")))
+def test_no_network_is_said_in_one_sentence(command, words, name_server, here, monkeypatch):
+    put(TEXT)
+    monkeypatch.setattr(prepare_data, "PATIENCE", 0.5)
+    monkeypatch.setattr(socket, "getaddrinfo", name_server)
+    monkeypatch.setenv("NO_PROXY", "*")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(here))
+    assert words in prepared("out", *command.split())
