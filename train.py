@@ -556,7 +556,7 @@ def print_sample(model, tokenizer_name, config, autocast):
         text = "def "       # that data is Python source
     try:
         tokenizer = get_tokenizer(tokenizer_name)
-        prompt = list(tokenizer.encode(text))
+        prompt = list(tokenizer.encode_prompt(text))
     except ValueError as error:         # no network for its vocabulary; an unknown token
         raise ValueError(f"no sample: {error}") from None
     if not prompt:
