@@ -78,9 +78,10 @@ class Rescaler(nn.Module):
 
     def __init__(self, name, settings, *shape):
         super().__init__()
-        # what the table in parametrize.py does not set is 1
-        self.init = settings.get(f"{name}_init", 1.0)
-        self.scale = settings.get(f"{name}_scale", 1.0)
+        if f"{name}_scale" not in settings:
+            raise ValueError(f"the table has no scale for {name}: see SHARED_ROWS, parametrize.py")
+        self.init = settings[f"{name}_init"]
+        self.scale = settings[f"{name}_scale"]
         self.raw = nn.Parameter(torch.empty(shape))
         # init/scale is a tensor. A Python number would be a constant of the compiled graph, and a
         # sweep over several columns of the table would compile anew for each.
@@ -200,7 +201,7 @@ class GPT(nn.Module):
                 module.reset()
 
     def matrices(self):
-        """All matrices: a list of (number of unit vectors, d) parameters."""
+        """All 2-D parameters but rescalers: those that are kept stacks of unit vectors."""
         matrices = []
         for name, parameter in self.named_parameters():
             is_rescaler = name.endswith(".raw")     # which may be 2-D in a fork

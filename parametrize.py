@@ -18,55 +18,54 @@ size all columns are one model and one optimizer, bit for bit.
 
 WHY THESE POWERS
 
-Premises. A hidden state h is a unit vector of d numbers, and so is each row of a weight W. So
-their entries are about d^-1/2. An entry of W h is a product of two such vectors: about d^-1/2, too,
-as long as their directions are unrelated. Adam changes each entry of W by about the learning
-rate, whatever the gradient. We want W h to change by the same fraction at each width.
+Premises. A hidden state h is a unit vector of d numbers, and so is each row of a weight W. So their
+entries are about d^-1/2. An entry of W h is a product of a row with h. The two are unrelated at the
+start, and so W h has entries of about d^-1/2, too. Adam changes each entry of W by about its rate,
+whatever the gradient. Wanted: a step changes W h by the same fraction at each width, that is, each
+entry by a number that falls as d^-1/2.
 
-Width. An entry of W h is a sum of d products. A step changes each by about rate · d^-1/2.
-  Unaligned: the changes of W have nothing to do with h. Then d random signs add up to √d, and the
-    entry changes by rate. It is d^-1/2 itself: so the rate must fall as d^-1/2 (nugpt_none).
-  Aligned: all d changes have one sign. Then the entry changes by √d · rate: so the rate must fall
-    as d^-1 (nugpt_full). arXiv:2407.05872 has both cases.
-  The paper measured between, and takes -3/4 (nugpt): alignment is high at first and falls, so
-  that long runs want less than -1.
-  W_O and W_oMLP: their inputs are no unit vectors. But Norm follows, so that only the fraction
-  counts by which their outputs change, and the powers are the same.
-  Embedding: a row of it is a hidden state. Nothing is summed: the rate must fall as d^-1/2.
-  Unembedding: its output, a logit, is not normalized. nugpt treats it as a hidden matrix. mup
-  asks that a step change the logits by as much at each width, with full alignment, while s_z
-  starts at 1 everywhere: the change is s_z · √d · rate, so the rate must fall as d^-1/2.
-Depth. A block moves h by a step of size α on the sphere. If the steps of all blocks agree they add
-  up as their number, and α₀·m_d^-1 keeps their sum. What the matrices learn acts through the same
-  steps, so that their rates need no factor of depth. The usual μP over depth (depth_mup) takes the
-  steps as unrelated: they add up as a root, and α is α₀·m_d^-1/2. Learned changes agree all the
-  same, which its factor m_d^-1/2 on the rates takes back. Counting cannot choose between the two.
-  In the paper's experiments depth_mup drifts to the right (section 4.5), and so it did in ours.
-Steps. m_t^-1/3 is a fit and no theorem (section 4.6). Schedule wsd wants about -1/2 (ours).
-Rescalers. A rescaler is a learned vector, raw · init/scale, and raw starts at scale. Adam moves
-  raw by about the rate a step, and thereby the value by init · rate/scale: a smaller scale makes
-  it faster. nGPT's scale d^-1/2 makes rescalers faster in wider models; c holds their speed. s_u
-  and s_ν have scale 1 in nGPT already. Their values are of order 1 at every width, so that no
-  power of the width is needed. u = (W_u h) ⊙ s_u has no √d as ν has: Norm follows the MLP and
-  cancels any factor of u.
-s_z. The first logits E_out h shrink as d^-1/2, being products of unrelated unit vectors. A lemma of
-  the paper (6.8) asks for logits of equal size at the start, hence for s_z = m_w^1/2 (nugpt_z).
-  The paper's list of rules has no such entry. Learned logits are aligned: their size does not fall
-  with the width, and what training wants of s_z in the end does not grow with it either. A start at
-  m_w^1/2 also makes s_z faster, since its value moves by init · rate/scale. Measured at 16 times
-  the base's width, 400 steps (results/README.md): nugpt_z ends 0.03 nats above nugpt. So s_z starts
-  at 1 in all columns.
-Not carried: head_dim. The softmax sums over head_dim products, and a rule for it would need the
-  alignment of q and k; Lemma 6.6 takes it as constant. Nor batch_size, but for column nugpt_batch.
-Adam's ε. Gradients shrink as the width grows, and steps are sign-like only if ε is far below them.
-  At 1e-16, the paper's value, it is so at each width; the usual 1e-8 is not.
-Why nugpt and not mup? In our runs of 400 steps the two cannot be told apart. In the long runs of
-  the paper mup's best η drifts to the right with the width, as alignment falls, and nugpt's does
-  not.
-Where the cells come from. ngpt: arXiv:2410.01131, which has no rule for rates; nGPT as published
-  has each …_lr_mult at 1. mup: the paper's "μP for widths": its text gives the power of m_t, a lemma
-  the rest. nugpt: the paper's νGPT. Constants: the paper has unembedding_lr_mult 1/2, 1 for the
-  others, α₀ 0.05 (sections 3.1, 7.4); those are train.py's defaults, results/laptop.json has its own.
+Width. The change of an entry of W h is a sum of d products: rate · d^-1/2 each.
+  Unaligned, if the change of W has nothing to do with h, d random signs add up to √d: the entry
+    changes by √d · rate · d^-1/2 = rate. So the rate must fall as d^-1/2 (nugpt_none).
+  Aligned, if all have one sign, they add up to d: the entry changes by √d · rate. So the rate must
+    fall as d^-1 (nugpt_full). arXiv:2407.05872 has both cases.
+  The paper measured how well changes of W are aligned with h while a model trains: full alignment is
+    1, none 1/2. It is high at first and falls. The mean over a long run is 3/4, hence -3/4 (nugpt).
+  W_O and W_oMLP read vectors that are no unit vectors. The norm that follows divides by the size of
+    their output. So again the fraction counts by which a step changes it, and the sum has a number
+    of terms that grows as d: the same powers.
+  Embedding: a row of it is itself a hidden state, nothing is summed: the rate falls as d^-1/2.
+  Unembedding: E_out h is a W h like the others, and the paper gives it their power, -3/4. mup looks
+    at the logits, which no norm follows. A step changes an aligned logit by s_z · √d · rate. mup
+    keeps that equal at each width, with s_z starting at 1 everywhere: hence d^-1/2.
+Depth. A block moves h by a step of size α on the sphere. If the steps of all blocks point one way,
+  they add up as their number, and α₀·m_d^-1 keeps the sum. The usual μP over depth (depth_mup) takes
+  the steps as unrelated: they add up as a root, so that α is α₀·m_d^-1/2. What the blocks learn does
+  point one way. It would add up to m_d · m_d^-1/2 = m_d^1/2, and depth_mup divides the hidden rate by
+  that. Both rules are consistent; experiments tell them apart. In the paper's the best η of
+  depth_mup drifts to the right (section 4.5).
+Steps. m_t^-1/3 is what the paper fitted to the best η of runs of several lengths (section 4.6). It is
+  no theorem. Our runs of 100 to 1,600 steps agree for cosine and linear; wsd wants about -1/2.
+Rescalers. A rescaler is a learned vector, raw · init/scale, and raw starts at scale. Adam moves raw
+  by about the rate, and thereby the value by init · rate/scale: a smaller scale makes it faster.
+  nGPT's scale d^-1/2 makes rescalers faster in wider models; c keeps the base's speed. nGPT gives
+  s_u and s_ν the scale 1 at every width, and so they keep their speed already.
+  u = (W_u h) ⊙ s_u has no √d, as ν has: Norm follows the MLP and cancels any factor of u.
+s_z. What decided where it starts is a measurement. At 16 times the base's width, after 400 steps, a
+  start at m_w^1/2 (nugpt_z) ends 0.03 nats above a start at 1 (results/README.md). The paper's list
+  of rules has no entry for s_z. We had read m_w^1/2 into its lemma 6.8, which wants the first logits
+  to be as large at each width. But the first logits are random, and small only for that reason.
+  Learned ones are aligned, and s_z ends at 15 to 17 at each width if it starts at 1. A start at
+  m_w^1/2 is too high for them, and makes s_z too fast.
+Not carried: head_dim, for which there is no rule (lemma 6.6 holds for a constant one), and batch_size.
+Adam's ε. Its step is the sign of the gradient only while ε is small beside the gradient. Gradients
+  shrink as the width grows. 1e-16, the paper's value, is small at each width; 1e-8, the usual, is not.
+Why nugpt and not mup? In our runs of 400 steps the two cannot be told apart. In the paper's long runs
+  mup's best η drifts to the right with the width, as alignment falls, and nugpt's does not.
+Where the cells come from. ngpt: arXiv:2410.01131, which has no rule for rates; as published it has
+  each …_lr_mult at 1. mup: the paper's "μP for widths", its powers of m_w derived from a lemma, with
+  nugpt's rule for depth. nugpt: the paper's νGPT. The paper's constants are unembedding_lr_mult 1/2,
+  1 for the others, α₀ 0.05 (sections 3.1, 7.4): train.py's defaults. results/laptop.json has its own.
 """
 import argparse
 import re
@@ -74,22 +73,26 @@ import signal
 import sys
 from fractions import Fraction
 
-# A cell is a product of powers. The lr_… multiply η, the others are settings of the rescalers.
+# A cell is a product of powers. The rows lr_… multiply η, the others are settings of the rescalers.
 TABLE = {
-    # row              ngpt       mup          nugpt          what it sets
-    "lr_all":         ["1",      "m_t^-1/3",  "m_t^-1/3"],  # multiplies η for every tensor
-    "lr_embedding":   ["1",      "m_w^-1/2",  "m_w^-1/2"],  # ... once more for the embedding E_in
-    "lr_hidden":      ["1",      "m_w^-1",    "m_w^-3/4"],  # ... for the blocks' matrices
-    "lr_unembedding": ["1",      "m_w^-1/2",  "m_w^-3/4"],  # ... for the unembedding E_out
-    "alpha_init":     ["α₀",     "α₀·m_d^-1", "α₀·m_d^-1"],  # init of α_A and α_M
-    "scale":          ["d^-1/2", "c",         "c"],         # scale of α_A, α_M, s_qk and s_z
+    # row              ngpt       mup          nugpt            what it sets
+    "lr_all":         ["1",      "m_t^-1/3",  "m_t^-1/3"],    # multiplies η for every tensor
+    "lr_embedding":   ["1",      "m_w^-1/2",  "m_w^-1/2"],    # and this for the embedding E_in
+    "lr_hidden":      ["1",      "m_w^-1",    "m_w^-3/4"],    # the blocks' matrices
+    "lr_unembedding": ["1",      "m_w^-1/2",  "m_w^-3/4"],    # the unembedding E_out
+    "lr_rescalers":   ["1",      "1",         "1"],           # the rescalers
+    "alpha_init":     ["α₀",     "α₀·m_d^-1", "α₀·m_d^-1"],   # where α_A and α_M start
+    "s_init":         ["1",      "1",         "1"],           # where s_qk, s_u, s_ν and s_z start
+    "scale":          ["d^-1/2", "c",         "c"],           # scale of α_A, α_M, s_qk and s_z
+    "mlp_scale":      ["1",      "1",         "1"],           # scale of s_u and s_ν
 }
 
-# Two rows stand for several settings. What has no row here is 1: s_z_init, s_qk_init, and init and
-# scale of s_u and s_ν.
+# Four rows stand for several settings each: the init and the scale of every rescaler of model.py.
 SHARED_ROWS = {
     "alpha_init": ["alpha_A_init", "alpha_M_init"],
+    "s_init": ["s_qk_init", "s_u_init", "s_nu_init", "s_z_init"],
     "scale": ["alpha_A_scale", "alpha_M_scale", "s_qk_scale", "s_z_scale"],
+    "mlp_scale": ["s_u_scale", "s_nu_scale"],
 }
 
 # More columns, each a line: the column it starts from, and the cells that differ. Yours is such a
@@ -97,18 +100,19 @@ SHARED_ROWS = {
 # <rescaler>_scale of any rescaler there. Give a column that you edit a new name: a table of results
 # records the name alone, and would mix runs of the old and the new cells.
 VARIANTS = {
+    # full alignment, and none
     "nugpt_full": ("nugpt", {"lr_hidden": "m_w^-1", "lr_unembedding": "m_w^-1"}),
     "nugpt_none": ("nugpt", {"lr_hidden": "m_w^-1/2", "lr_unembedding": "m_w^-1/2"}),
-    # where the lemma has the logits start; and with the speed that s_z has in the base
+    # s_z starts at m_w^1/2: see "s_z" above
     "nugpt_z": ("nugpt", {"s_z_init": "m_w^1/2"}),
     "nugpt_full_z": ("nugpt_full", {"s_z_init": "m_w^1/2"}),
     "mup_z": ("mup", {"s_z_init": "m_w^1/2"}),
+    # the same, but s_z is as fast as in the base
     "nugpt_h": ("nugpt", {"s_z_init": "m_w^1/2", "s_z_scale": "c·m_w^1/2"}),
     "mup_h": ("mup", {"s_z_init": "m_w^1/2", "s_z_scale": "c·m_w^1/2"}),
-    # The paper does not settle this column's powers of m_w: they are nugpt's, so that only depth
-    # differs.
+    # the usual μP over depth; over width it is as nugpt, so that only depth differs
     "depth_mup": ("nugpt", {"lr_hidden": "m_w^-3/4 · m_d^-1/2", "alpha_init": "α₀·m_d^-1/2"}),
-    # ours: at an equal number of tokens m_t is 1/m_b, and lr_all is m_b^1/2, the square-root rule
+    # ours: the square-root rule at an equal number of tokens, where m_t is 1/m_b
     "nugpt_batch": ("nugpt", {"lr_all": "m_b^1/6 · m_t^-1/3"}),
 }
 
@@ -145,9 +149,11 @@ def build_columns():
     for name, (start, changes) in VARIANTS.items():
         columns[name] = {**columns[start], **expand(changes)}
 
-    names = [name for names in TENSOR_CLASSES.values() for name in names]
-    rows = {"lr_all"} | {f"lr_{tensor_class}" for tensor_class in TENSOR_CLASSES}
-    rows |= {f"{name}_{what}" for name in names for what in ("init", "scale")}
+    rows = {"lr_all"}
+    for tensor_class, names in TENSOR_CLASSES.items():
+        rows.add(f"lr_{tensor_class}")
+        for name in names:
+            rows |= {f"{name}_init", f"{name}_scale"}
     for name, cells in columns.items():
         for row in cells:
             if row not in rows:
@@ -264,16 +270,14 @@ def print_numbers(sizes):
     ValueError as parametrize does."""
     print("Base: width {base_width}, {base_depth} blocks, {base_steps} steps, "
           "batch {base_batch_size}".format(**sizes))
-    print("Factors of η, with each …_lr_mult at 1, and settings, with α₀ = 0.05\n")
-    of_column = {}
+    print("What multiplies η, before …_lr_mult, for each class; and α and s_z at the start\n")
+    print(f"{'':14}{'embedding':>11}{'hidden':>11}{'unembedding':>12}{'rescalers':>11}"
+          f"{'alpha_A':>11}{'s_z':>8}")
     for name in COLUMNS:
         settings, lr_factors = parametrize(name, **sizes)
-        of_column[name] = {f"η × {key}": number for key, number in lr_factors.items()} | settings
-    rows = dict.fromkeys(row for numbers in of_column.values() for row in numbers)
-    print(f"{'':>18}" + "".join(f"{name:>14}" for name in COLUMNS))
-    for row in rows:
-        numbers = [of_column[name].get(row, 1) for name in COLUMNS]
-        print(f"{row:>18}" + "".join(f"{number:14.4g}" for number in numbers))
+        numbers = [lr_factors[tensor_class] for tensor_class in TENSOR_CLASSES]
+        numbers += [settings["alpha_A_init"], settings["s_z_init"]]
+        print(f"{name:14}" + " ".join(f"{number:10.4g}" for number in numbers))
 
 
 def main():

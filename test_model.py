@@ -350,7 +350,7 @@ def test_weights_are_unit_vectors_before_and_after_training(data, tmp_path):
 def test_parameter_counts_are_the_papers(heads, depth, billions):
     sizes = {"width": 102 * heads, "depth": depth, "head_dim": 102, "vocab_size": 100_352}
     with torch.device("meta"):
-        model = GPT(GPTConfig({}, **sizes))
+        model = GPT(GPTConfig(OFF_CENTER, **sizes))
     assert round(model.num_params() / 1e9, 2) == billions
 
 
@@ -447,9 +447,10 @@ def test_every_cell_gives_the_published_number(line):
                                        batch_size=batch_size, **BASE)
     assert lr_factors == pytest.approx({"embedding": embedding, "hidden": hidden,
                                         "unembedding": unembedding, "rescalers": rescalers}, rel=1e-5)
+    of_one = ["s_qk_init", "s_u_init", "s_nu_init", "s_z_init", "s_u_scale", "s_nu_scale"]
     assert settings == pytest.approx({
-        "alpha_A_init": alpha, "alpha_M_init": alpha, "alpha_A_scale": scale,
-        "alpha_M_scale": scale, "s_qk_scale": scale, "s_z_scale": scale}, rel=1e-5)
+        "alpha_A_init": alpha, "alpha_M_init": alpha, "alpha_A_scale": scale, "alpha_M_scale": scale,
+        "s_qk_scale": scale, "s_z_scale": scale, **dict.fromkeys(of_one, 1)}, rel=1e-5)
 
 
 def test_nugpt_z_starts_the_logits_at_the_root_of_the_width():
@@ -562,7 +563,9 @@ def own_rates(monkeypatch, width):
     monkeypatch.setattr(parametrize_py, "TENSOR_CLASSES", OWN_CLASSES)
     monkeypatch.setattr(parametrize_py, "SHARED_ROWS", {
         "alpha_init": ["attn_alpha_init", "mlp_alpha_init"],
-        "scale": ["attn_alpha_scale", "mlp_alpha_scale", "sqk_scale", "sz_scale"]})
+        "s_init": ["sqk_init", "suv_init", "sz_init"],
+        "scale": ["attn_alpha_scale", "mlp_alpha_scale", "sqk_scale", "sz_scale"],
+        "mlp_scale": ["suv_scale"]})
     monkeypatch.setattr(parametrize_py, "VARIANTS", {})
     settings, lr_factors = parametrize("nugpt", width=width, depth=2, steps=8, base_width=16,
                                        base_depth=2, base_steps=8,
@@ -1388,7 +1391,7 @@ def test_a_class_without_parameters_is_said(data, tmp_path, capfd):
 
 
 def test_the_gradients_norm_in_the_log_is_two_edits(data, tmp_path):
-    line = "        metrics = {}        # a fork's own numbers of this step; name them in LOG\n"
+    line = "        metrics = {}        # a fork's own numbers of this step, as floats; name them in LOG, too\n"
     norm = '        metrics["norm"] = train_norm(model)\n'.replace(
         "train_norm(model)", "sum(p.grad.square().sum() for p in model.parameters()).sqrt().item()")
     folder = fork(tmp_path / "fork", ("train.py", line, line + norm),

@@ -52,7 +52,7 @@ from prepare_data import (fingerprint, get_tokenizer, prepare_stdlib, read_folde
 # ------------------------------------------------------------------------------------------------
 # Configuration
 
-# The height of each schedule, from 1 to 0, when a part `done` of the steps is done: see schedule.
+# How high each schedule stands, from 1 down to 0, at `done` = step / steps: see schedule.
 SCHEDULES = {
     "cosine": lambda done, config: 0.5 * (1 + math.cos(math.pi * done)),
     "linear": lambda done, config: 1 - done,
@@ -148,17 +148,17 @@ class Config:
     compile: bool = option(True, "use torch.compile")
 
 
-# These change nothing that a run computes, but for rounding. Another value of any other field makes
-# another run. The folder of the data may move, but a run goes on with the same tokens only.
+# Options that change nothing that a run computes, but for rounding. All others make a run: a resumed
+# one cannot change them. The data's folder may move, but its tokens are compared.
 MAY_CHANGE_ON_RESUME = {
     "base", "micro_batch_size", "data", "out_dir", "resume", "sample_only", "prompt",
     "sample_tokens", "temperature", "top_k", "log_every", "eval_every", "checkpoint_every",
     "device", "compile",
 }
-# What a rule of parametrize.py may depend on
+# What the rules of parametrize.py depend on
 SIZES = ["width", "depth", "steps", "batch_size",
          "base_width", "base_depth", "base_steps", "base_batch_size"]
-# A base hands on none of the options in that set, and none of these four.
+# Options that a run does not take from its base
 NOT_FROM_A_BASE = MAY_CHANGE_ON_RESUME | {"seed", "vocab_size", "dtype", "init_from"}
 
 LOGGED_RESCALERS = ["alpha_A", "alpha_M", "s_z"]        # means of |α_A|, |α_M| and |s_z|
@@ -276,12 +276,12 @@ def not_carried(config, meta):
         "head_dim": (base.head_dim, config.head_dim),
         "seq_len": (base.seq_len, config.seq_len),
         "schedule": (base.schedule, config.schedule),
-        "batch_size": (base.base_batch_size, config.batch_size),
         "base_width": (base.base_width, config.base_width),
         "tokenizer": (tokenizer, meta["tokenizer"]),
     }
-    if config.parametrization == "nugpt_batch":
-        del pairs["batch_size"]         # the one rule that carries it
+    cells = COLUMNS.get(config.parametrization, {}).values()
+    if not any("m_b" in cell for cell in cells):        # a column with m_b carries η over the batch
+        pairs["batch_size"] = (base.base_batch_size, config.batch_size)
     return [f"{name} ({old} → {new})" for name, (old, new) in pairs.items() if old != new]
 
 
@@ -577,13 +577,12 @@ def print_sample(model, tokenizer_name, config, autocast):
 # Files of a run
 
 
-def open_log(folder, resumes, step):
-    """log.csv of a run's folder, open and locked, so that no second process writes there. Its rows
-    after `step` are cut off: they come again. Raises ValueError if another process has the lock, or
-    if the folder holds something else than the run that is resumed."""
+def open_log(folder):
+    """log.csv in a run's folder, open and locked, so that no second process writes there. Raises
+    ValueError if another process has the lock, or if the folder holds somebody else's files."""
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "config.json").exists():
-        read_base_file(folder)      # raises ValueError for somebody else's file
+        read_base_file(folder)      # raises ValueError if it is not of a run
     file = open(folder / "log.csv", "a+b")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -593,25 +592,27 @@ def open_log(folder, resumes, step):
                          "out_dir") from None
     except OSError as error:        # Lustre and some NFS mounts have no locks
         say(f"{folder} is not locked ({error.strerror}): let no second process train there")
-
     file.seek(0)
-    lines = file.readlines()
-    head = lines[0].decode("utf-8-sig", "replace").strip() if lines else ""
+    head = file.readline().decode("utf-8-sig", "replace").strip()
     require(head in ("", ",".join(LOG)), f"{folder}/log.csv was not written by this train.py; "
                                          "choose another out_dir")
-    require(resumes or not lines, f"{folder} has the log.csv of a run whose ckpt.pt is gone; "
-                                  "choose another --out_dir")
+    return file
+
+
+def cut_log(file, step):
+    """Cuts log.csv after its row of `step`: later rows come again. Rows are counted, not bytes, for
+    a spreadsheet may have saved the file with other line ends."""
+    file.seek(0)
     size = 0
-    for number, line in enumerate(lines):
-        whole = line.endswith(b"\n")
+    for number, line in enumerate(file.readlines()):
         text = line.split(b",")[0]
-        if number > 0 and not (whole and text.isdigit() and int(text) <= step):
+        is_kept = line.endswith(b"\n") and text.isdigit() and int(text) <= step
+        if number > 0 and not is_kept:
             break
         size += len(line)
     file.truncate(size)
     if size == 0:
         write_row(file, LOG)
-    return file
 
 
 def write_row(file, cells):
@@ -723,25 +724,28 @@ def train(config, build_model=build, after_step=None):
     # a new run, or one that goes on
     folder = Path(config.out_dir)
     path = folder / "ckpt.pt"
-    resumes = bool(config.out_dir) and path.exists()
-    require(config.resume or not resumes, f"{folder} already holds a run; continue it with "
-                                          "--resume, or choose another --out_dir")
+    has_checkpoint = bool(config.out_dir) and path.exists()
+    if has_checkpoint and not config.resume:
+        raise ValueError(f"{folder} already holds a run; continue it with --resume, or choose "
+                         "another --out_dir")
     progress = {"step": 0, "train_seconds": 0.0}
-    if resumes:
+    if has_checkpoint:
         progress = restore(path, config, model, optimizer, meta)
     elif config.init_from:
         load_weights(Path(config.init_from, "ckpt.pt"), model)
     step = progress["step"]
-    compare_ranks(config, meta, step if resumes else None)
-
-    describe(config, resumes, model, optimizer, meta, len(train_tokens), device)
+    compare_ranks(config, meta, step if has_checkpoint else None)
+    describe(config, has_checkpoint, model, optimizer, meta, len(train_tokens), device)
 
     # files
     log_file = None
     if config.out_dir and rank == 0:
-        log_file = open_log(folder, resumes, step)
+        log_file = open_log(folder)
+        require(has_checkpoint or log_file.tell() == 0, f"{folder} has the log.csv of a run whose "
+                                                        "ckpt.pt is gone; choose another --out_dir")
+        cut_log(log_file, step)
         write_json(folder / "config.json", metadata)
-        if not resumes:     # so that --resume finds this run, however early it ends
+        if not has_checkpoint:      # so that --resume finds this run, however early it ends
             save(path, metadata, progress, model, optimizer)
 
     share = config.batch_size // world_size         # sequences of this rank in a step
@@ -777,7 +781,7 @@ def train(config, build_model=build, after_step=None):
                 micro_loss = micro_loss * (len(some) / share)
             micro_loss.backward()
             loss += micro_loss.detach() / world_size
-        metrics = {}        # a fork's own numbers of this step; name them in LOG
+        metrics = {}        # a fork's own numbers of this step, as floats; name them in LOG, too
 
         # update
         optimizer.step()
@@ -862,21 +866,21 @@ def train(config, build_model=build, after_step=None):
     return outcome
 
 
-def describe(config, resumes, model, optimizer, meta, num_tokens, device):
+def describe(config, has_checkpoint, model, optimizer, meta, num_tokens, device):
     """Say what is about to be trained, and at which rates."""
     tokens = config.steps * config.batch_size * config.seq_len
     say(f"{config.parametrization}: {model.num_params():,} parameters, {config.steps:,} steps, "
         f"{tokens:,} tokens, {tokens / num_tokens:.1f} epochs of {config.data}, {config.dtype}, "
         f"{world_size} × {device}")
-    rates = {group["name"]: config.learning_rate * group["lr_factor"]
-             for group in optimizer.param_groups}
+    rates = [f"{group['name']} {config.learning_rate * group['lr_factor']:.3g}"
+             for group in optimizer.param_groups]
     say(f"m_w={config.width / config.base_width:g} m_d={config.depth / config.base_depth:g} "
         f"m_t={config.steps / config.base_steps:g}; η={config.learning_rate:g} becomes "
-        + ", ".join(f"{name} {rate:.3g}" for name, rate in rates.items()))
+        f"{', '.join(rates)}")
     for tensor_class in TENSOR_CLASSES:
-        if tensor_class not in rates:
+        if all(group["name"] != tensor_class for group in optimizer.param_groups):
             say(f"note: no parameter is of the class {tensor_class}: its rate is not used")
-    if resumes:
+    if has_checkpoint:
         return
     if config.resume:
         say(f"{config.out_dir}/ckpt.pt is not there: a new run begins")
