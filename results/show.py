@@ -143,7 +143,7 @@ def table(rows):
 # Report: a sweep
 
 
-def report(axis, verdicts, control):
+def report(axis, verdicts, control, carried=None):
     """The verdicts {column: verdict} of verdict.judge as text."""
     best = "η*" if verdicts.keys() <= COLUMNS.keys() else "×*"
     tables = [curves_table(axis, verdicts, best), drift_table(verdicts, control)]
@@ -152,7 +152,8 @@ def report(axis, verdicts, control):
         tables.append(table([("column", "steps", "loss", f"for it {control} needs"), *needed]))
     notes = [f"drift: change of log2 {best} a doubling of {axis}. "
              "|α|: eigen learning rates, mean at the end.",
-             f"regret: loss at the smallest size's {best}, less the best."]
+             f"regret: loss at the smallest size's {best}, less the best.",
+             cost_note(axis, best, carried)]
     if needed:
         notes.append("needs: steps at the best η to reach that loss.")
     if any(verdict.drift for verdict in verdicts.values()):
@@ -162,9 +163,17 @@ def report(axis, verdicts, control):
     return "\n".join([*tables, *notes])
 
 
+def cost_note(axis, best, carried):
+    """What the cost is, in words."""
+    eta = f"the smallest size's {best}" if carried is None else f"η = 2^{carried:.4g}"
+    return (f"cost [95 % interval]: loss at {eta}, less the best that any column reached at that "
+            f"{axis},\nchosen for each seed on the others (*: on the only one).")
+
+
 def curves_table(axis, verdicts, best):
     """A row for each column and size."""
-    rows = [("column", axis, "seeds", f"log2 {best}", best, "best loss", "regret", "|α|", "grid")]
+    rows = [("column", axis, "seeds", f"log2 {best}", best, "best loss", "regret",
+             "cost [95 % interval]", "|α|", "grid")]
     for name, verdict in verdicts.items():
         for size, curve in verdict.curves.items():
             rows.append((
@@ -175,6 +184,7 @@ def curves_table(axis, verdicts, best):
                 f"{2**curve.optimum:.5f}",
                 f"{curve.mean[curve.best]:.4f}",
                 regret_text(curve),
+                cost_text(curve.cost),
                 "-" if math.isnan(curve.alpha) else f"{curve.alpha:.3f}",
                 curve.grid,
             ))
@@ -249,6 +259,19 @@ def regret_text(judged):
         return "-"
     number = "diverges" if judged.regret == math.inf else f"{judged.regret:.4f}"
     return f"> {number}" if judged.bound else number
+
+
+def cost_text(cost):
+    """The cost of a curve."""
+    if cost is None:
+        return "not run"
+    if cost.mean == math.inf:
+        return "diverges"
+    sign = "> " if cost.bound else ""
+    if math.isnan(cost.half):
+        return f"{sign}{cost.mean:+.4f}*"
+    return (f"{sign}{cost.mean:+.4f} [{cost.mean - cost.half:+.4f}, "
+            f"{cost.mean + cost.half:+.4f}]")
 
 
 def steps_needed(verdicts, control):

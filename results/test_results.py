@@ -424,6 +424,100 @@ def test_a_carried_rate_that_diverges_has_an_infinite_regret():
 
 
 # ------------------------------------------------------------------------------------------------
+# The cost of carrying
+
+
+def costs(drifts, carried=-6.0, seeds=range(3), change=None, **options):
+    """{column: Cost at the largest size} of a sweep whose rows may be changed first."""
+    rows = sweep(drifts, seeds=seeds, **options)
+    rows = change(rows) if change else rows
+    _, verdicts = verdict.judge(rows, carried=carried)
+    return {name: judged.curves[192].cost for name, judged in verdicts.items()}
+
+
+def on_one_level(rows):
+    """The rows, with the columns' curves of a size and seed at one level."""
+    lowest = {}
+    for row in rows:
+        place = (row["parametrization"], row["width"], row["seed"])
+        lowest[place] = min(row["val_loss"], lowest.get(place, math.inf))
+    levelled = []
+    for row in rows:
+        place = (row["parametrization"], row["width"], row["seed"])
+        levelled.append({**row, "val_loss": row["val_loss"] - lowest[place] + 2})
+    return levelled
+
+
+def test_a_cost_is_against_the_best_of_any_column():
+    found = costs({"ngpt": -0.5, "nugpt": 0.0}, change=lambda rows: [
+        {**row, "val_loss": row["val_loss"] - 0.1 * (row["parametrization"] == "nugpt")}
+        for row in on_one_level(rows)])
+    # ngpt's best is 0.1 higher, and 1 octave away on parabolas 0.03 x²
+    assert found["ngpt"] == pytest.approx((0.13, 0, False), abs=1e-6)
+    assert found["nugpt"] == pytest.approx((0, 0, False), abs=1e-6)
+
+
+def test_a_known_cost_is_covered_at_the_nominal_rate():
+    """One column, of drift -0.4: 0.8 octaves at four times the width, on parabolas 0.03 x²."""
+    grid = np.arange(-8.8, -3.9, 0.4)
+    errors = []
+    halves = []
+    for draw in range(400):
+        cost = costs({"ngpt": -0.4}, noise=0.003, grid=grid, draw=draw)["ngpt"]
+        errors.append(cost.mean - 0.03 * 0.8 ** 2)
+        halves.append(cost.half)
+    covered = np.mean(np.abs(errors) <= halves)
+    assert 0.91 <= covered <= 0.98
+    assert abs(np.mean(errors)) < 3 * np.std(errors) / 20
+
+
+def test_a_cost_of_zero_is_neither_gain_nor_loss():
+    """The carried η is the best of twenty settings alike in truth: their luck must not count."""
+    means = []
+    covered = 0
+    for draw in range(400):
+        def luck(rows, draw=draw):
+            rng = np.random.default_rng(draw)
+            return [{**row, "val_loss": 2 + rng.normal(0, 0.01)} for row in rows]
+        cost = costs({"ngpt": 0, "nugpt": 0}, change=luck)["ngpt"]
+        means.append(cost.mean)
+        covered += abs(cost.mean) <= cost.half
+    assert abs(np.mean(means)) < 3 * np.std(means) / 20
+    assert 0.91 <= covered / 400 <= 0.98
+
+
+def test_a_carried_rate_that_diverged_costs_without_end():
+    hot = {"ngpt": -1.0, "nugpt": 0.0}
+    cost = costs(hot, change=lambda rows: diverging(rows, lambda row: (
+        row["parametrization"] == "ngpt" and row["learning_rate"] > 2 ** -6.25 and row["seed"] == 1
+    )))["ngpt"]
+    assert cost.mean == math.inf
+    assert show.cost_text(cost) == "diverges"
+
+
+def test_the_cost_of_one_seed_has_a_mark_and_no_interval():
+    cost = costs({"ngpt": -0.5}, seeds=[0])["ngpt"]
+    assert show.cost_text(cost) == "+0.0300*"
+
+
+def test_beyond_its_grid_a_cost_is_a_lower_bound():
+    cost = costs({"ngpt": -0.5}, carried=-3.0)["ngpt"]
+    assert show.cost_text(cost).startswith("> +0.2700")
+
+
+def test_without_the_carried_rate_a_cost_is_interpolated():
+    cost = costs({"ngpt": -0.5}, carried=-5.8)["ngpt"]
+    assert cost.mean == pytest.approx(0.03 * 1.2 ** 2, abs=1e-6)
+
+
+def test_a_setting_that_lacks_a_seed_is_no_best():
+    def lucky(rows):
+        first = next(row for row in rows if row["width"] == 192)
+        return [*rows, {**first, "learning_rate": 2.0 ** -5.8, "val_loss": 0.1}]
+    assert costs({"ngpt": -0.5}, change=lucky)["ngpt"].mean == pytest.approx(0.03, abs=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------
 # Steps that the control needs for the same loss
 
 
@@ -880,9 +974,9 @@ def test_several_tables_show_how_drift_and_regret_follow_the_steps(tmp_path, say
 NOT_SIDE_BY_SIDE = [
     ("the tables have no width in common",
      with_steps(sweep({"ngpt": 0.0}, sizes=(60, 120)), 1600)),
-    ("sweep over width, but", sweep({"ngpt": 0.0}, sizes=(2, 4), axis="depth")),
-    ("differ in one other of width, depth, steps", sweep({"ngpt": 0.0})),
-    ("differ in one other of width, depth, steps",
+    ("the tables are sweeps over depth and width",
+     with_steps([{**row, "width": 48} for row in sweep({"ngpt": 0.0}, sizes=(2, 4), axis="depth")], 1600)),
+    ("the tables differ in depth and steps",
      [{**row, "depth": 8} for row in with_steps(sweep({"ngpt": 0.0}), 1600)]),
 ]
 
@@ -892,6 +986,41 @@ def test_tables_that_cannot_stand_side_by_side_are_refused(tmp_path, say, words,
     first = write(tmp_path / "a.csv", sweep({"ngpt": 0.0}))
     second = write(tmp_path / "b.csv", other)
     assert words in say(f"results/verdict.py {first} {second}")
+
+
+def test_tables_of_one_sweep_are_joined(tmp_path, say):
+    rows = sweep({"ngpt": -0.5, "mup": 0.0, "nugpt": 0.1})
+    whole = write(tmp_path / "whole.csv", rows)
+    halves = [write(tmp_path / "a.csv", [row for row in rows if row["parametrization"] != "mup"]),
+              write(tmp_path / "b.csv", [row for row in rows if row["parametrization"] == "mup"])]
+    assert say(f"results/verdict.py {halves[0]} {halves[1]}") == say(f"results/verdict.py {whole}")
+
+
+def test_tables_of_one_size_each_are_joined(tmp_path, say):
+    rows = sweep({"ngpt": -0.5}, sizes=(48, 96))
+    small, large = (write(tmp_path / f"{width}.csv", [row for row in rows if row["width"] == width])
+                    for width in (48, 96))
+    assert "-0.50 [-0.50, -0.50]" in say(f"results/verdict.py {small} {large}")
+
+
+def test_what_an_older_table_lacks_is_taken_from_the_other_and_said(tmp_path, say):
+    rows = [{**row, "base_batch_size": 16} for row in sweep({"ngpt": -0.5, "nugpt": 0.0})]
+    new = [row for row in rows if row["parametrization"] == "nugpt"]
+    old = [{name: value for name, value in row.items()
+            if name not in ("base_batch_size", "data_fingerprint")}
+           for row in rows if row["parametrization"] == "ngpt"]
+    old, new = write(tmp_path / "old.csv", old), write(tmp_path / "new.csv", new)
+    said = say(f"results/verdict.py {old} {new}")
+    assert f"{old} has no column base_batch_size: taken as 16, as in {new}." in said
+    assert f"{old} has no fingerprint of its text" in said
+    assert "+0.50 [+0.50, +0.50]" in said
+
+
+def test_tables_of_two_texts_are_not_joined(tmp_path, say):
+    rows = sweep({"ngpt": -0.5})
+    first = write(tmp_path / "a.csv", rows)
+    second = write(tmp_path / "b.csv", [{**row, "data_fingerprint": "another"} for row in rows])
+    assert "different texts" in say(f"results/verdict.py {first} {second}")
 
 
 # ------------------------------------------------------------------------------------------------

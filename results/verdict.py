@@ -11,7 +11,8 @@ one option from the others, then the verdict is what each change gains.
 
 In this file a *column* is a parametrization, as in parametrize.py or results/plain.py.
 A *curve* is the loss of one column at one size against log2 η. *Drift* is how far the best η moves
-when the size doubles, in octaves. *Regret* is what the smallest size's best η costs a larger model.
+when the size doubles, in octaves. *Regret* is what the smallest size's best η costs a larger model, against
+its own best. *Cost* is the same against the best that any column reached at that size.
 """
 import functools
 import math
@@ -79,6 +80,43 @@ def read_results(path):
         identity = tuple(run[key] for key in [*OPTIONS, "data_fingerprint"])
         runs[identity] = run
     return list(runs.values())
+
+
+def join(paths):
+    """
+    ([runs of each table], sentences on what was assumed). Raises ValueError and OSError.
+
+    An older table may lack an option, or the fingerprint of its text. Where all others have one
+    value of it, the older table is taken to have that, too; and one folder to be one text.
+    """
+    tables = {path: read_runs(path) for path in paths}
+    headers = {path: show.read_rows(path)[0] for path in paths}
+    notes = []
+    for name in OPTIONS:
+        with_it = [path for path in paths if name in headers[path]]
+        values = {run[name] for path in with_it for run in tables[path]}
+        for path in paths:
+            if path in with_it or len(values) != 1 or values == {getattr(DEFAULTS, name)}:
+                continue
+            value = next(iter(values))
+            notes.append(f"{path} has no column {name}: taken as {value}, as in {with_it[0]}.")
+            for run in tables[path]:
+                run[name] = value
+
+    texts = {}      # {data folder: its fingerprints}
+    for runs in tables.values():
+        for run in runs:
+            if run["data_fingerprint"] != run["data"]:
+                texts.setdefault(run["data"], set()).add(run["data_fingerprint"])
+    for path, runs in tables.items():
+        guessed = [run for run in runs if run["data_fingerprint"] == run["data"]
+                   and len(texts.get(run["data"], ())) == 1]
+        for run in guessed:
+            run["data_fingerprint"] = next(iter(texts[run["data"]]))
+        if guessed:
+            notes.append(f"{path} has no fingerprint of its text: {guessed[0]['data']} is taken "
+                         "for the text that it is in the other table.")
+    return list(tables.values()), notes
 
 
 def check_header(path, header):
@@ -206,6 +244,13 @@ def factor_on_eta(run, column):
 # Curves
 
 
+class Cost(NamedTuple):
+    """What the carried η costs, in nats, against the best of any column."""
+    mean: float         # over seeds; inf if one of them diverged
+    half: float         # of the 95 % interval; nan for a single seed, whose best is its own
+    bound: bool         # whether the mean is a lower bound
+
+
 @dataclass
 class Curve:
     """The loss of one column and size against x = log2 of η, or of a class's multiplier."""
@@ -225,6 +270,7 @@ class Curve:
     grid: str = ""                  # whether the grid was wide enough, in words
     regret: float | None = None     # None: not known
     bound: bool = False             # whether the regret is a lower bound
+    cost: Cost | None = None        # of the carried η; found by judge
 
     @property
     def window(self):
@@ -350,18 +396,22 @@ def curves_of(column, key, runs_of_size, usual):
     return curves
 
 
-def loss_at(curve, x):
+def loss_at(x, loss, place):
     """
-    The mean loss at x: that which ran, or by a parabola through the three nearest points. inf if
-    one of them diverged, or if there are not three.
+    The loss at a place of the grid x: that which ran, or by a parabola through the three nearest
+    points that ran. inf if one of them diverged; nan without three, and outside the grid.
     """
-    near = np.argsort(abs(curve.x - x), kind="stable")[:3]
-    if abs(curve.x[near[0]] - x) < 1e-6:
-        return float(curve.mean[near[0]])
-    if len(near) < 3 or not np.isfinite(curve.mean[near]).all():
+    ran = ~np.isnan(loss)
+    x = x[ran]
+    loss = loss[ran]
+    near = np.argsort(abs(x - place), kind="stable")[:3]
+    if len(near) > 0 and abs(x[near[0]] - place) < 1e-4:
+        return float(loss[near[0]])
+    if len(near) < 3 or not x[0] <= place <= x[-1]:
+        return math.nan
+    if not np.isfinite(loss[near]).all():
         return math.inf
-    parabola = np.polyfit(curve.x[near], curve.mean[near], 2)
-    return float(np.polyval(parabola, x))
+    return float(np.polyval(np.polyfit(x[near], loss[near], 2), place))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -465,7 +515,9 @@ def judge_column(curves):
     for size, curve in curves.items():
         of_seeds = [x for (its_size, _), x in optima.items() if its_size == size]
         curve.optimum = float(np.mean(of_seeds or curve.x[curve.best]))
-        curve.bottom = min(curve.mean[curve.best], loss_at(curve, curve.optimum))
+        curve.bottom = curve.mean[curve.best]
+        if optima:
+            curve.bottom = np.fmin(curve.bottom, loss_at(curve.x, curve.mean, curve.optimum))
         curve.grid = grid_in_words(curve)
 
     first, *larger = curves.values()
@@ -500,9 +552,55 @@ def regret_of(curve, x):
     """(loss at x less the curve's best loss; whether that is only a lower bound)."""
     # Curves rise outwards: beyond the grid, the loss at its edge is a lower bound.
     inside = float(np.clip(x, curve.x[0], curve.x[-1]))
-    loss = loss_at(curve, inside)
+    loss = loss_at(curve.x, curve.mean, inside)
     regret = max(loss - curve.bottom, 0) if loss < math.inf else math.inf
     return regret, inside != x
+
+
+def cost_of(curve, carried, rivals):
+    """
+    The Cost of x = carried: the loss there less the best that one of the rivals reached.
+
+    Rivals are the curves of all columns at that size. For each seed the best column and η are
+    chosen on the other seeds: chosen on the same one, the luckiest setting would look best. Only
+    settings count that finished on all of these seeds. None if the cost is not known.
+    """
+    losses = {}
+    bound = False
+    for seed, loss in zip(curve.seeds, curve.loss):
+        # Curves rise outwards: beyond the grid, the loss at its edge is a lower bound.
+        grid = curve.x[~np.isnan(loss)]
+        inside = float(np.clip(carried, grid[0], grid[-1]))
+        at_carried = loss_at(curve.x, loss, inside)
+        if not math.isnan(at_carried):
+            losses[seed] = at_carried
+            bound = bound or abs(inside - carried) > 1e-4
+    if math.inf in losses.values():
+        return Cost(math.inf, math.nan, bound)
+    settings = []       # of each the losses, a seed each
+    for rival in rivals:
+        if set(losses) <= set(rival.seeds):
+            rows = [rival.seeds.index(seed) for seed in losses]
+            settings.extend(rival.loss[rows].T)
+    settings = [setting for setting in settings if np.isfinite(setting).all()]
+    if not losses or not settings:
+        return None
+
+    settings = np.array(settings)
+    costs = []
+    for i, loss in enumerate(losses.values()):
+        others = np.delete(settings, i, axis=1) if len(losses) > 1 else settings
+        best = others.mean(axis=1).argmin()
+        costs.append(loss - settings[best, i])
+    return Cost(*mean_of_seeds(costs), bound)
+
+
+def mean_of_seeds(values):
+    """(mean of values, half its 95 % interval); half is nan for a single value."""
+    if len(values) == 1:
+        return float(values[0]), math.nan
+    half = student(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    return statistics.fmean(values), half
 
 
 def same_best(curves):
@@ -519,9 +617,10 @@ def same_best(curves):
 # The verdict on a sweep
 
 
-def judge(runs, axis=None, control="ngpt"):
+def judge(runs, axis=None, control="ngpt", carried=None):
     """
-    (axis, {column: Verdict}) of the runs of a sweep. The axis is what the size is.
+    (axis, {column: Verdict}) of the runs of a sweep. The axis is what the size is. `carried` is
+    log2 of the η whose cost is wanted; without it, each column carries its smallest size's best.
 
     Columns `control` and nugpt are judged, too, where runs of other columns count as theirs. If the
     multiplier of one class varies at a time, at one η, classes take the place of columns. Raises
@@ -554,6 +653,14 @@ def judge(runs, axis=None, control="ngpt"):
     for column, verdict in verdicts.items():
         if control in verdicts and column != control:
             verdict.difference = difference(verdict.optima, verdicts[control].optima)
+        first = next(iter(verdict.curves.values()))
+        eta = carried
+        if eta is None and first.radius > 0:
+            eta = first.optimum
+        for size, curve in verdict.curves.items():
+            rivals = [other.curves[size] for other in verdicts.values() if size in other.curves]
+            if eta is not None:
+                curve.cost = cost_of(curve, eta, rivals)
     return axis, verdicts
 
 
@@ -636,39 +743,30 @@ def powers_of(column, classes, verdict, runs_of_size):
     return powers
 
 
-def judge_tables(paths, axis=None, control="ngpt"):
+def group_tables(tables):
     """
-    (axis, another of AXES, {its value: {column: Verdict}}) of sweeps over the same axis, a table
-    each. Each table has one value of the other, such as the number of steps. Raises ValueError if
-    the tables do not go together.
+    (key, {value of the key: runs}) of tables [runs, …]. The key is one of AXES in which tables
+    differ; None if they are of one sweep, whose runs are then joined under the value None.
     """
-    verdicts_of = {}
-    axes = {}           # {table: what its size is}
-    values_of = {}      # {one of AXES: its values in each table}
-    for path in paths:
-        runs = read_runs(path)
-        axes[path], verdicts_of[path] = judge(runs, axis, control)
+    varying = set()         # within a table: what the sizes are
+    for runs in tables:
         for key in AXES:
-            values_of.setdefault(key, []).append({run[key] for run in runs})
-    axis = axes[paths[0]]
-    for path in paths:
-        if axes[path] != axis:
-            raise ValueError(f"{paths[0]} is a sweep over {axis}, but {path} over {axes[path]}")
-
+            if len({run[key] for run in runs}) > 1:
+                varying.add(key)
+    everything = [run for runs in tables for run in runs]
     differing = []
-    for key, values in values_of.items():
-        of_one = all(len(its_values) == 1 for its_values in values)
-        if of_one and len(set.union(*values)) == len(paths):
+    for key in AXES:
+        if varying and key not in varying and len({run[key] for run in everything}) > 1:
             differing.append(key)
-    if len(differing) != 1:
-        raise ValueError(f"several sweeps over {axis} are shown side by side if they differ in one "
-                         f"other of {', '.join(AXES)}, and each has one value of it")
-    other = differing[0]
-    values = [next(iter(its_values)) for its_values in values_of[other]]
-    tables = dict(sorted(zip(values, verdicts_of.values())))
-    if show.largest_common_size(tables) is None:
-        raise ValueError(f"the tables have no {axis} in common")
-    return axis, other, tables
+    if not differing:
+        return None, {None: everything}
+    if len(differing) > 1:
+        raise ValueError(f"the tables differ in {' and '.join(differing)}: sweeps stand side by "
+                         f"side if they differ in one of {', '.join(AXES)}, but for their sizes")
+    groups = {}
+    for run in everything:
+        groups.setdefault(run[differing[0]], []).append(run)
+    return differing[0], dict(sorted(groups.items()))
 
 
 def difference(optima, control):
@@ -794,13 +892,17 @@ def gains(runs, options, setting):
 def parse_args():
     parser = show.ArgumentParser("verdict.py", __doc__)
     parser.add_argument("results", nargs="+", metavar="RESULTS.csv", type=expanduser,
-                        help="one table; or several, which differ in steps, say")
+                        help="tables of one sweep, which are joined; or several, which differ "
+                             "in steps, say")
     parser.add_argument("--plot", metavar="FILE.png", type=expanduser, help="draw a picture, too")
     parser.add_argument("--columns", metavar="NAME,NAME", help="show only these")
     parser.add_argument("--control", default="ngpt", choices=COLUMNS,
                         help="what the others are compared to (default: ngpt)")
     parser.add_argument("--axis", choices=[*AXES, "parameters"],
                         help="what the size is (default: what differs between runs)")
+    parser.add_argument("--carried", metavar="ETA", type=eta,
+                        help="the η whose cost is wanted, such as 2^-5.5 (default: the best η of "
+                             "the smallest size)")
     return parser.parse_args()
 
 
@@ -822,10 +924,23 @@ def read_runs(path):
     return runs
 
 
-def print_verdicts(args):
-    """Print how drift and regret differ between tables, and draw it if asked. Raises ValueError and
-    OSError."""
-    axis, other, tables = judge_tables(args.results, args.axis, args.control)
+def eta(text):
+    """log2 of an η such as 2^-5.5. Raises ValueError."""
+    return math.log2(train.number(text))
+
+
+def print_side_by_side(args, other, groups):
+    """Print how drift and regret differ between the groups {value of other: runs}, and draw it if
+    asked. Raises ValueError."""
+    axes = set()
+    tables = {}
+    for value, runs in groups.items():
+        axis, tables[value] = judge(runs, args.axis, args.control, args.carried)
+        axes.add(axis)
+    if len(axes) > 1:
+        raise ValueError(f"the tables are sweeps over {' and '.join(sorted(axes))}")
+    if show.largest_common_size(tables) is None:
+        raise ValueError(f"the tables have no {axis} in common")
     if args.columns:
         of_any = {name: None for verdicts in tables.values() for name in verdicts}
         wanted = choose(of_any, args.columns)
@@ -837,8 +952,15 @@ def print_verdicts(args):
 
 
 def print_verdict(args):
-    """Print the verdict on one table, and draw it if asked. Raises ValueError and OSError."""
-    runs = read_runs(args.results[0])
+    """Print the verdict on the tables, and draw it if asked. Raises ValueError and OSError."""
+    tables, notes = join(args.results)
+    other, groups = group_tables(tables)
+    for note in notes:
+        print(note)
+    if other:
+        print_side_by_side(args, other, groups)
+        return
+    runs = groups[None]
     dtypes = sorted({run["dtype"] for run in runs})
     if len(dtypes) > 1:
         print(f"Runs of dtype {' and '.join(dtypes)} stand side by side. "
@@ -862,10 +984,10 @@ def print_verdict(args):
             show.draw_search(ranked, keys, args.plot)
         return
 
-    axis, verdicts = judge(runs, args.axis, args.control)
+    axis, verdicts = judge(runs, args.axis, args.control, args.carried)
     if args.columns:
         verdicts = choose(verdicts, args.columns)
-    print(show.report(axis, verdicts, args.control))
+    print(show.report(axis, verdicts, args.control, args.carried))
     if args.plot:
         show.draw(axis, verdicts, args.plot)
 
@@ -873,10 +995,7 @@ def print_verdict(args):
 def main():
     args = parse_args()
     try:
-        if len(args.results) > 1:
-            print_verdicts(args)
-        else:
-            print_verdict(args)
+        print_verdict(args)
     except (ValueError, OSError) as error:
         sys.exit(f"verdict.py: {error}")
 
