@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"       # as `sh sweep.sh` begins it
 set -euo pipefail
 
 usage() {
     cat >&2 <<'end'
 Tune the base, or sweep the learning rate over several sizes and judge whether the best one stays.
 
-  ./sweep.sh base       40 settings of the base with one seed, the best five with all; 4 to 7 minutes
+  ./sweep.sh base       40 random settings of the base; 4 to 7 minutes
   ./sweep.sh laptop     to three times the base's width, one seed; 7 to 11 minutes
   ./sweep.sh width      to eight times the base's width; 2 1/2 hours
   ./sweep.sh depth      half, twice and eight times the base's blocks; an hour
@@ -13,20 +14,26 @@ Tune the base, or sweep the learning rate over several sizes and judge whether t
   ./sweep.sh joint      width, depth and steps together; half an hour
   ./sweep.sh batch      a quarter to four times the base's batch, at equal tokens; 8 minutes
 
-Three seeds, but for laptop. Times are of two cores with bfloat16 and results/laptop.json, those
-from width on estimated from the runs' own clocks.
+Each has three seeds, laptop one. base gives all three to its best five settings alone.
+The base is results/laptop.json. Times are of it, on two cores with bfloat16; those from width on
+are estimates.
+
 Options of results/sweep.py and of train.py follow the name, and win over those in this file:
   ./sweep.sh width --base=out/books.json --data=data/books --seed=0 --results=out/books_width.csv
---dry prints the runs; data/stdlib is made if it is missing. A repeated command continues.
-In values, 2x is twice the base's; sizes are rounded to whole numbers.
+--dry prints the runs alone. A repeated command continues.
 end
 }
 
 here=$(dirname "$(realpath "$0")")
-python=${PYTHON:-python}        # the tests put another program here
+python=${PYTHON:-$(command -v python || command -v python3 || true)}
+if [ -z "$python" ]; then
+    echo "sweep.sh: there is no python here; activate an environment, or set PYTHON=…" >&2
+    exit 1
+fi
 name=${1:-}
 shift || true
 
+# the table, unless an option names another
 results=out/sweeps/$name.csv
 dry=
 for option in "$@"; do
@@ -37,32 +44,34 @@ for option in "$@"; do
     esac
 done
 
-# The words of results/sweep.py: what stands before the first + holds for all runs, each + begins a
-# group of runs with options of its own, and what follows ++ holds for all runs again, and wins.
-# from:to:factor is a grid, low..high a range for random settings.
-options=("$@")
+# results/sweep.py runs all combinations of the values of its options. Options before the first +
+# hold for all runs. Each + begins a group of runs with options of its own. Options after ++ hold for
+# all runs again, and win: these are the user's.
+users_options=("$@")
 sweep() {
+    # bash before 4.4 takes an empty array for an unset variable, so this asks first
     "$python" "$here/results/sweep.py" --base="$here/results/laptop.json" --results="$results" \
-        "$@" ++ "${options[@]}"
+        "$@" ++ ${users_options[@]+"${users_options[@]}"}
 }
 
-# from 2^-1.5 times the base's η to 2 times it, in steps of √2; nGPT's best η walks to the left
+# A number with an x is a multiple of the base's value: 2^-1.5x is 2^-1.5 times the base's η. Three
+# numbers are from:to:factor, so this grid goes from there to twice the base's η in steps of √2.
 grid=--learning_rate=2^-1.5x:2x:2^.5
-ngpt_grid=--learning_rate=2^-3x:1x:2^.5
+ngpt_grid=--learning_rate=2^-3x:1x:2^.5     # nGPT's best η is lower in larger models
 seeds=--seed=0,1,2
 control=ngpt
 
-# No ngpt where all sizes are the base's: there all columns are one model, and results/verdict.py
-# takes nugpt's runs for all of them. Over steps and over batch, columns that differ in lr_all alone
-# are the same runs, each at another η: so one column is enough there.
+# At the base's own size all columns are one model, so nugpt's runs there are ngpt's, too: the groups
+# of ngpt begin at the next size. Over steps and over batch, columns differ in lr_all alone, which
+# multiplies η: a run of one column is a run of every other at another η, and one column is enough.
+# results/verdict.py knows both.
 case $name in
     base)
         sweep $seeds --random=40 --finalists=5 --write_base="${results%.csv}.json" \
             --learning_rate=2^-8..2^-4 --alpha_init=2^-6..2^-1 \
             --embedding_lr_mult=2^-5..2 --unembedding_lr_mult=2^-5..2
         ;;
-    laptop)     # nGPT's grid moves to the left, as its best η does. With so few eval_tokens a loss
-                # is off by a tenth of what another seed would change
+    laptop)     # fewer η and eval_tokens: that moves a loss by a tenth of what another seed does
         sweep --seed=0 --eval_tokens=65536 \
             + --parametrization=nugpt --width=1x,3/2x,3x $grid \
             + --parametrization=ngpt --width=3/2x --learning_rate=2^-1.5x:2^.5x:2^.5 \
@@ -74,13 +83,13 @@ case $name in
             + --parametrization=nugpt_full --width=2x,4x,8x $grid \
             + --parametrization=ngpt --width=2x,4x,8x $ngpt_grid
         ;;
-    depth)
+    depth)      # the smallest size is half the base, where the columns are different models
         sweep $seeds --parametrization=ngpt,nugpt,depth_mup --depth=1/2x,2x,8x $grid
         ;;
     steps)
         sweep $seeds --parametrization=nugpt --steps=1x,2x,4x,8x,16x $grid
         ;;
-    joint)      # width × s, depth × s, steps × s³, s = 1, 3/2, 2, from half the base's depth and steps
+    joint)      # from width 1x, depth 1/2x, steps 1/2x: times s, s and s³, with s = 1, 3/2, 2
         sweep $seeds \
             + --parametrization=nugpt --width=1x --depth=1/2x --steps=1/2x $grid \
             + --parametrization=nugpt --width=3/2x --depth=3/4x --steps=27/16x $grid \
@@ -90,7 +99,7 @@ case $name in
             + --parametrization=ngpt --width=2x --depth=1x --steps=4x $ngpt_grid
         ;;
     batch)
-        control=nugpt_batch
+        control=nugpt_batch     # nugpt with a power of the batch
         sweep $seeds --parametrization=nugpt $grid \
             + --batch_size=1/4x --steps=4x \
             + --batch_size=1x --steps=1x \
@@ -101,4 +110,11 @@ case $name in
         exit 2
         ;;
 esac
-[ -n "$dry" ] || "$python" "$here/results/verdict.py" "$results" --control=$control --plot="${results%.csv}.png"
+
+if [ -n "$dry" ]; then
+    exit 0
+elif [ "$name" = base ]; then
+    "$python" "$here/results/compare.py" search "$results"
+else
+    "$python" "$here/results/verdict.py" "$results" --control=$control --plot="${results%.csv}.png"
+fi

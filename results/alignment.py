@@ -1,27 +1,25 @@
 """
 Alignment exponents: how well changes of weights line up with their inputs, as models train.
 
-    python results/alignment.py --base=results/laptop.json --width=48,96,192 --seed=0,1,2 \\
-        --every=20 --csv=out/alignment.csv --plot=out/alignment.png
-    python results/alignment.py results/alignment.csv --plot=alignment.png
+    python results/alignment.py --results=out/alignment.csv --base=results/laptop.json \\
+        --width=1x,2x,4x --seed=0,1,2 --every=20 --plot=out/coordinates.png
+    python results/alignment.py results/alignment_tuned.csv
 
 The first command trains the runs, one after the other, and measures them on the way: at steps 0, 1,
-2, 4, 8, 16, every 20 and the last. It takes the options of train.py, of which parametrization,
-width and seed may be lists. Repeated, it makes the runs that the file does not have.
-The second prints and draws measurements made before, of one or more files.
+2, 4, 8, 16, every 20 and the last. Its options are those of results/sweep.py. Repeated, it makes
+the runs that the file does not have. The second reads measurements made before.
 
-A single column gets its exponents, at each width and as slopes over widths. Several columns get the
-coordinate check alone: how much weights, hidden states and logits have changed at each width.
+Printed are slopes over widths, which are the exponents free of constants, and the coordinate check:
+with which power of the width weights, hidden states and logits have changed. The latter is drawn.
 """
 import copy
 import hashlib
 import itertools
 import math
 import sys
-from dataclasses import dataclass
-from dataclasses import replace
 from os.path import expanduser
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,20 +29,18 @@ from torch.overrides import TorchFunctionMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import plain
 import show
+import sweep
 import train
 from parametrize import TENSOR_CLASSES
-from prepare_data import fingerprint
-from verdict import student
+from verdict import mean_of_seeds
 
 TOKENS = 2048       # of the validation text, the same in every measurement
-EXPONENTS = ["alpha", "omega", "nu"]
 # The columns of a .csv file: what was measured, and the numbers that are read again. rms_y and run
 # are for people and for repeated commands.
-WHICH = ["parametrization", "width", "depth", "steps", "seed", "step", "layer", "map"]
-NUMBERS = ["loss", "d_in", *EXPONENTS, "rms_dW", "rms_dx", "rms_dy"]
-RUN_FIELDS = ["parametrization", "width", "depth", "steps", "seed"]
-FIELDS = [*RUN_FIELDS, "step", "loss", "layer", "map",
-          "d_in", *EXPONENTS, "rms_dW", "rms_dx", "rms_y", "rms_dy", "run"]
+OF_RUN = ["parametrization", "depth", "steps", "width", "seed"]
+WHICH = [*OF_RUN, "step", "layer", "map"]
+NUMBERS = ["loss", "d_in", "alpha", "omega", "nu", "rms_dW", "rms_dx", "rms_dy"]
+FIELDS = [*WHICH, *NUMBERS, "rms_y", "run"]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -197,7 +193,7 @@ class Measurements:
             return
         maps, loss = measure(model, self.initial, *self.batch)
         for numbers in maps:
-            row = {name: getattr(self.config, name) for name in RUN_FIELDS}
+            row = {name: getattr(self.config, name) for name in OF_RUN}
             row.update({"step": step, "loss": f"{loss:.6f}", "run": self.run})
             for name, number in numbers.items():
                 row[name] = f"{number:.5g}" if isinstance(number, float) else number
@@ -218,41 +214,9 @@ def validation_batch(config, device):
     return train.sequences(val_tokens, starts[:count], config.seq_len, device)
 
 
-def identity(config):
+def name_of(config):
     """A name for the run that config describes: 12 hex characters of its options and its text."""
-    _, _, meta = train.open_data(config)
-    options = {name: getattr(config, name) for name in train.options_of_a_run(type(config))}
-    text = repr(options) + fingerprint(meta)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-LISTS = ["parametrization", "width", "seed"]
-
-
-def configs_of(words):
-    """The Config of each run that options of train.py describe. Leaves for an unknown option."""
-    lists = {}
-    others = []
-    for word in words:
-        name, _, text = word.removeprefix("--").partition("=")
-        if name in LISTS:
-            lists[name] = [f"--{name}={value}" for value in text.split(",")]
-        else:
-            others.append(word)
-    configs = []
-    for chosen in itertools.product(*lists.values()):
-        given = train.parse_args([*others, *chosen], plain.Config)
-        config = train.load_config(given, plain.Config)
-        # Only the measurements are kept.
-        configs.append(replace(config, out_dir="", sample_tokens=0, eval_every=config.steps))
-    return configs
-
-
-def check(config):
-    """Raises ValueError if the run that config describes is impossible."""
-    train.check(config)
-    train.apply_table(config, show.COLUMNS)
-    train.model_config(config)
+    return hashlib.sha256(repr(sweep.identity(config)).encode()).hexdigest()[:12]
 
 
 def rows_in(path):
@@ -261,125 +225,60 @@ def rows_in(path):
         return []
     header, lines = show.read_rows(path)
     if header and "run" not in header:
-        raise ValueError(f"{path} has no column run, by which runs are known; choose another --csv")
+        raise ValueError(f"{path} has no column run, by which runs are known; choose another "
+                         "--results")
     return [row for _, row in lines]
 
 
 def make_runs(configs, every, path):
     """Train and measure the runs that the file does not have. Raises ValueError and OSError."""
-    for config in configs:
-        check(config)
     for i, config in enumerate(configs):
-        name = f"{config.parametrization}, width {config.width}, seed {config.seed}"
-        run = identity(config)
-        if run in {row["run"] for row in rows_in(path)}:
-            print(f"{i + 1} of {len(configs)}: {name} is there", file=sys.stderr)
+        what = f"{config.parametrization}, width {config.width}, seed {config.seed}"
+        done = rows_in(path)
+        run = name_of(config)
+        if run in {row["run"] for row in done}:
+            print(f"{i + 1} of {len(configs)}: {what} is there", file=sys.stderr)
             continue
-        print(f"{i + 1} of {len(configs)}: {name}, {config.steps} steps", file=sys.stderr)
+        print(f"{i + 1} of {len(configs)}: {what}, {config.steps} steps", file=sys.stderr)
         measurements = Measurements(config, run, every)
         build = plain.build if config.parametrization in plain.COLUMNS else train.build
         outcome = train.train(config, build, after_step=measurements)
         if outcome["status"] != "finished":
-            raise ValueError(f"{name} has {outcome['status']} at step {outcome['step']}")
-        show.write_rows(path, rows_in(path) + measurements.rows)
+            raise ValueError(f"{what} has {outcome['status']} at step {outcome['step']}")
+        show.write_rows(path, done + measurements.rows)
 
 
 # ------------------------------------------------------------------------------------------------
 # Measurements of several runs
 
+EXPONENTS = ["hidden α", "hidden ω", "hidden ν",
+             "unembedding α", "unembedding ω", "unembedding ν"]
+CHANGES = ["|ΔW| / |W|", "|Δh|", "RMS of Δz"]
 
-@dataclass
-class Summary:
+
+class Summary(NamedTuple):
     """
-    What the runs of a column say: S steps without step 0, W widths.
+    What the runs of a column say: W widths, and S steps without step 0.
 
-    The exponents are the six of show.EXPONENTS: of each, the mean over the maps of a class.
-    The last of S + 1 "steps" is the mean over training, weighted by the decrease of the loss.
+    Slopes are over log width, of log [RMS(W x) / (RMS(W) RMS(x))]: so they are free of constants.
+    The last of their S + 1 "steps" is the mean over training, weighted by the fall of the loss.
     """
     widths: list
     steps: list
-    changes: np.ndarray         # (W, S, 3): those of show.CHANGES, means over seeds
-    powers: np.ndarray          # (S, 3): powers of the width in these changes
-    exponents: np.ndarray       # (seeds, W, S + 1, 6)
-    mean_exponents: tuple       # (mean, half its interval), each (W, 6), over training
-    slopes: np.ndarray          # (seeds, S + 1, 6): over log width, free of constants
-    mean_slopes: tuple          # (mean, half its interval), each (S + 1, 6)
-
-
-def is_hidden(map_):
-    """Whether a linear map, such as blocks.0.W_q, is of the tensor class hidden."""
-    return map_.split(".")[-1] in TENSOR_CLASSES["hidden"]
-
-
-def slope(widths, values, axis=0):
-    """Least-squares slope of values over log width, which is along an axis; nan for one width."""
-    x = np.log(widths) - np.mean(np.log(widths))
-    return np.tensordot(x, values, (0, axis)) / (x @ x or math.nan)
-
-
-def estimate(values):
-    """(mean, half its 95 % interval) over seeds of values (seeds, …); half is nan for one seed."""
-    seeds = len(values)
-    if seeds == 1:
-        return values[0], np.full_like(values[0], math.nan)
-    half = student(seeds - 1) * values.std(axis=0, ddof=1) / math.sqrt(seeds)
-    return values.mean(axis=0), half
-
-
-def summarize(numbers, maps, widths, steps):
-    """The Summary of {one of NUMBERS: array (seeds, W, S + 1, maps)}, whose first step is 0."""
-    later = {name: values[:, :, 1:] for name, values in numbers.items()}
-    hidden = [is_hidden(map_) for map_ in maps]
-    output = [map_ == "E_out" for map_ in maps]
-    logits = [map_ == "logits" for map_ in maps]
-
-    # log [RMS(W x) / (RMS(W) RMS(x))] is what a slope over widths is taken of. An exponent is this
-    # logarithm over that of d_in.
-    logs = []
-    logs_d_in = []
-    for of_class in (hidden, output):
-        log_d_in = np.log(later["d_in"][..., of_class])
-        for name in EXPONENTS:
-            logs.append((later[name][..., of_class] * log_d_in).mean(axis=3))
-            logs_d_in.append(log_d_in.mean(axis=3))
-    logs = np.stack(logs, axis=-1)                                  # (seeds, W, S, 6)
-    log_d_in = np.stack(logs_d_in, axis=-1)[:, :, :1]               # (seeds, W, 1, 6)
-    loss = numbers["loss"][..., 0]
-    # Over training an exponent is weighted by how much the loss fell since the measurement before;
-    # where the loss rose, the weight is negative.
-    decrease = -np.diff(loss)[..., None]                            # (seeds, W, S, 1)
-    weighted = (decrease * logs).sum(axis=2) / decrease.sum(axis=2)
-    logs = np.concatenate((logs, weighted[:, :, None]), axis=2)     # (seeds, W, S + 1, 6)
-    exponents = logs / log_d_in
-    slopes = slope(widths, logs, axis=1)
-
-    # Weights and hidden states are unit vectors, whose RMS is width^-1/2.
-    root = np.sqrt(widths)[:, None]
-    dW = later["rms_dW"][..., hidden].mean(axis=(0, 3))             # (W, S)
-    dh = later["rms_dx"][..., output].mean(axis=(0, 3))
-    dz = later["rms_dy"][..., logits].mean(axis=(0, 3))
-    changes = np.stack((root * dW, root * dh, dz), axis=-1)
-    return Summary(
-        widths=widths,
-        steps=steps,
-        changes=changes,
-        powers=slope(widths, np.log(changes)),
-        exponents=exponents,
-        mean_exponents=estimate(exponents[:, :, -1]),
-        slopes=slopes,
-        mean_slopes=estimate(slopes),
-    )
+    slopes: np.ndarray      # (seeds, S + 1, 6): of EXPONENTS
+    changes: np.ndarray     # (W, S, 3): of CHANGES, means over seeds
+    powers: np.ndarray      # (S, 3): powers of the width in these changes
 
 
 def read_measurements(paths):
     """
-    {(column, width, seed): {step: {map: {one of NUMBERS: number}}}} of .csv files.
+    {(column, width, seed, step, map): [numbers as in NUMBERS]} of .csv files.
 
     A file may be several put one behind the other, each with its head. Raises OSError, and
     ValueError for a cell that is no number and for a run that is there twice.
     """
-    runs = {}
-    shapes = set()
+    values = {}
+    kinds = set()
     for path in paths:
         header, rows = show.read_rows(path)
         for name in [*WHICH, *NUMBERS]:
@@ -388,114 +287,168 @@ def read_measurements(paths):
         for line, row in rows:
             if row["step"] == "step":
                 continue
-            where = f"{path}, line {line}"
-            try:
-                run = (row["parametrization"], int(row["width"]), int(row["seed"]))
-                step = int(row["step"])
-                numbers = {name: float(row[name] or "nan") for name in NUMBERS}
-            except ValueError as error:
-                raise ValueError(f"{where} is not as results/alignment.py --csv writes it "
-                                 f"({error})") from None
             in_block = row["layer"] != row["depth"]
             map_ = f"blocks.{row['layer']}.{row['map']}" if in_block else row["map"]
-            maps = runs.setdefault(run, {}).setdefault(step, {})
-            shapes.add((row["depth"], row["steps"]))
-            if map_ in maps or len(shapes) > 1:
-                raise ValueError(f"{where}: width {run[1]}, seed {run[2]} is there twice, "
-                                 "or with another depth or length")
-            maps[map_] = numbers
-    return runs
+            try:
+                width, seed, step = [int(row[name]) for name in ("width", "seed", "step")]
+                numbers = [float(row[name] or "nan") for name in NUMBERS]
+            except ValueError as error:
+                raise ValueError(f"{path}, line {line} is not as results/alignment.py writes it "
+                                 f"({error})") from None
+            key = (row["parametrization"], width, seed, step, map_)
+            kinds.add((row["depth"], row["steps"]))
+            if key in values or len(kinds) > 1:
+                raise ValueError(f"{path}, line {line}: width {width}, seed {seed} is there "
+                                 "twice, or with another depth or length")
+            values[key] = numbers
+    return values
 
 
-def summarize_columns(runs):
+def summarize_columns(values):
     """
-    {column: Summary} of read_measurements' runs.
+    {column: Summary} of read_measurements' values.
 
     It has the steps that all runs have, and the seeds that all widths of a column have. Raises
     ValueError if there are none.
     """
-    steps = sorted(set.intersection(*(set(run) for run in runs.values()))) if runs else []
+    steps_of = {}       # {(column, width, seed): its steps}
+    for column, width, seed, step, _ in values:
+        steps_of.setdefault((column, width, seed), set()).add(step)
+    steps = sorted(set.intersection(*steps_of.values())) if steps_of else []
     if len(steps) < 2 or steps[0] != 0:
         raise ValueError("the runs must have step 0 and a later one in common, "
                          f"but have only {steps}")
     columns = {}
-    for column in show.in_order(name for name, _, _ in runs):
-        widths = sorted({width for name, width, _ in runs if name == column})
-        seeds = []
-        for seed in sorted({seed for _, _, seed in runs}):
-            if all((column, width, seed) in runs for width in widths):
-                seeds.append(seed)
-        if not seeds:
-            raise ValueError(f"the widths of {column} have no seed in common")
-        maps = list(runs[column, widths[0], seeds[0]][0])
-        shape = (len(seeds), len(widths), len(steps), len(maps))
-        numbers = {name: np.empty(shape) for name in NUMBERS}
-        for place in np.ndindex(shape):
-            seed = seeds[place[0]]
-            width = widths[place[1]]
-            step = steps[place[2]]
-            map_ = maps[place[3]]
-            measured = runs[column, width, seed][step].get(map_)
-            if measured is None:
-                raise ValueError(f"{column}, width {width}, seed {seed} has no {map_} "
-                                 f"at step {step}")
-            for name in NUMBERS:
-                numbers[name][place] = measured[name]
-        columns[column] = summarize(numbers, maps, widths, steps[1:])
+    for column in show.in_order(name for name, _, _ in steps_of):
+        seeds_of = {}
+        for name, width, seed in sorted(steps_of):
+            if name == column:
+                seeds_of.setdefault(width, set()).add(seed)
+        seeds = sorted(set.intersection(*seeds_of.values()))
+        if len(seeds_of) < 2 or not seeds:
+            raise ValueError(f"a slope over widths needs two widths of {column} with a seed in "
+                             "common")
+        maps = [key[-1] for key in values if key[:4] == (column, min(seeds_of), seeds[0], 0)]
+        keys = itertools.product([column], seeds_of, seeds, steps, maps)
+        try:
+            numbers = np.array([values[key] for key in keys])
+        except KeyError as error:
+            column, width, seed, step, map_ = error.args[0]
+            raise ValueError(f"{column}, width {width}, seed {seed} has no {map_} at step {step}"
+                             ) from None
+        shape = (len(seeds_of), len(seeds), len(steps), len(maps), len(NUMBERS))
+        numbers = dict(zip(NUMBERS, np.moveaxis(numbers.reshape(shape), -1, 0)))
+        columns[column] = summarize(numbers, maps, list(seeds_of), steps[1:])
     return columns
 
 
+def slope(widths, values):
+    """Least-squares slope of values (W, …) over log width."""
+    x = np.log(widths) - np.mean(np.log(widths))
+    return np.tensordot(x, values, (0, 0)) / (x @ x)
+
+
+def summarize(numbers, maps, widths, steps):
+    """The Summary of {one of NUMBERS: array (W, seeds, S + 1, maps)}, whose first step is 0."""
+    later = {name: values[:, :, 1:] for name, values in numbers.items()}
+    # a linear map, such as blocks.0.W_q, is of the tensor class hidden, or the unembedding
+    hidden = [map_.split(".")[-1] in TENSOR_CLASSES["hidden"] for map_ in maps]
+    output = [map_ == "E_out" for map_ in maps]
+    logits = [map_ == "logits" for map_ in maps]
+
+    logs = []
+    for of_class in (hidden, output):
+        for name in ("alpha", "omega", "nu"):
+            of_maps = later[name][..., of_class] * np.log(later["d_in"][..., of_class])
+            logs.append(of_maps.mean(axis=3))
+    logs = np.stack(logs, axis=-1)                                  # (W, seeds, S, 6)
+    # where the loss rose, the weight is negative
+    decrease = -np.diff(numbers["loss"][..., 0])[..., None]         # (W, seeds, S, 1)
+    weighted = (decrease * logs).sum(axis=2) / decrease.sum(axis=2)
+    logs = np.concatenate((logs, weighted[:, :, None]), axis=2)     # (W, seeds, S + 1, 6)
+
+    # Weights and hidden states are unit vectors, whose RMS is width^-1/2.
+    root = np.sqrt(widths)[:, None]
+    dW = later["rms_dW"][..., hidden].mean(axis=(1, 3))             # (W, S)
+    dh = later["rms_dx"][..., output].mean(axis=(1, 3))
+    dz = later["rms_dy"][..., logits].mean(axis=(1, 3))
+    changes = np.stack((root * dW, root * dh, dz), axis=-1)
+    return Summary(widths, steps, slope(widths, logs), changes, slope(widths, np.log(changes)))
+
+
 # ------------------------------------------------------------------------------------------------
-# Command line
+# Report
 
 
-def parse_args():
-    """(options of this script, options of train.py)."""
+def decades(steps):
+    """[(place in steps, step), …] of the steps nearest to 1, 10, 100, …, and of the last."""
+    near = {steps[-1]}
+    for i in range(1 + int(math.log10(steps[-1]))):
+        near.add(min(steps, key=lambda step: abs(step - 10**i)))
+    return [(steps.index(step), step) for step in sorted(near)]
+
+
+def report(columns):
+    """{column: Summary} as text: slopes over widths, then powers of the width in the changes."""
+    slopes = [("slope over widths", "after step", *EXPONENTS)]
+    powers = [("power of width in", "after step", *CHANGES)]
+    for name, summary in columns.items():
+        shown = decades(summary.steps)
+        for i, step in [*shown, (-1, "all, loss-weighted")]:
+            cells = []
+            for of_seeds in summary.slopes[:, i].T:
+                mean, half = mean_of_seeds(of_seeds)
+                cells.append(f"{mean:.2f}" if math.isnan(half) else f"{mean:.2f} ± {half:.2f}")
+            slopes.append((name, str(step), *cells))
+        # The coordinate check counts on weights and hidden states that are unit vectors.
+        for i, step in shown if name not in plain.COLUMNS else []:
+            powers.append((name, str(step), *(f"{power:+.2f}" for power in summary.powers[i])))
+    notes = (
+        "1/2: not aligned, 1: fully. α: weight changes with initial inputs, ω: initial weights\n"
+        "with input changes, ν: both changes. h: the last hidden state, z: the logits."
+    )
+    return "\n".join([show.table(slopes), show.table(powers), notes])
+
+
+def draw(columns, path):
+    """Draws a panel for each change and column: the change against width, a line a step."""
+    columns = {name: one for name, one in columns.items() if name not in plain.COLUMNS}
+    figure = show.new_figure(2.5 * len(columns) + 2, 6.5)
+    panels = figure.subplots(len(CHANGES), len(columns), sharex=True, sharey="row", squeeze=False)
+    for (name, summary), below in zip(columns.items(), panels.T):
+        below[0].set_title(name)
+        for panel, label, change in zip(below, CHANGES, summary.changes.T):
+            for i, step in decades(summary.steps):      # change is (steps, widths)
+                panel.loglog(summary.widths, change[i], "o-", ms=3, label=f"step {step}")
+            panel.set(xlabel="width", ylabel=label)
+            panel.label_outer()
+    panels[0, 0].legend(fontsize=7)
+    show.save(figure, path)
+
+
+def main():
     parser = show.ArgumentParser("alignment.py", __doc__)
     parser.add_argument("sources", nargs="*", metavar="FILE.csv", type=expanduser,
                         help="measurements made before")
-    parser.add_argument("--csv", metavar="FILE.csv", type=expanduser,
-                        help="where measurements go; runs that it has are not made again")
     parser.add_argument("--every", metavar="STEPS", type=int, default=20,
                         help="steps between measurements (default: 20)")
     parser.add_argument("--plot", metavar="FILE.png", type=expanduser, help="draw a picture, too")
     args, options = parser.parse_known_args()
-    if args.sources and (options or args.csv):
-        parser.error("--csv and options of train.py are for runs to make, not for .csv files")
-    if not args.sources and not args.csv:
-        parser.error("give .csv files, or options of train.py with --csv=FILE.csv")
+    if bool(args.sources) == bool(options):
+        parser.error("give .csv files, or options of results/sweep.py with --results=FILE.csv")
     if args.every < 1:
         parser.error(f"--every must be at least 1, not {args.every}")
-    return args, options
-
-
-def report(paths, plot):
-    """Print what measurements say, and draw it if asked. Raises ValueError and OSError."""
-    columns = summarize_columns(read_measurements(paths))
-    # The coordinate check counts on weights and hidden states that are unit vectors.
-    plain_columns = [column for column in columns if column in plain.COLUMNS]
-    if len(columns) > 1:
-        if plain_columns:
-            raise ValueError(f"columns are compared by the coordinate check, which is for "
-                             f"normalized models, not for {plain_columns[0]}")
-        print(show.report_coordinates(columns))
-        if plot:
-            show.draw_coordinates(columns, plot)
-        return
-    column, summary = columns.popitem()
-    print(show.report_alignment(column, summary))
-    if len(summary.widths) > 1 and not plain_columns:
-        print(show.report_coordinates({column: summary}))
-    if plot:
-        show.draw_alignment(column, summary, plot)
-
-
-def main():
-    args, options = parse_args()
     try:
-        if not args.sources:
-            make_runs(configs_of(options), args.every, args.csv)
-        report(args.sources or [args.csv], args.plot)
+        if options:
+            own, base, groups = sweep.read_command(options)
+            if own.dry or own.finalists:
+                parser.error("--dry and --finalists are for results/sweep.py")
+            args.sources = [expanduser(own.results)]
+            make_runs(sweep.make_runs(groups, base, own), args.every, *args.sources)
+        columns = summarize_columns(read_measurements(args.sources))
+        print(report(columns))
+        if args.plot:
+            draw(columns, args.plot)
     except (ValueError, OSError) as error:
         sys.exit(f"alignment.py: {error}")
 

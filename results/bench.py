@@ -2,7 +2,7 @@
 The time of a training step: the normalized Transformer beside a plain GPT of the same shape.
 
     python results/bench.py --width=1024 --depth=10                 any option of train.py
-    python results/bench.py --base=results/laptop.json --csv=bench.csv      adds a row to the file
+    python results/bench.py --base=results/laptop.json
 
 A step is one micro-batch of random tokens. The two models take turns; times are medians. MFU is
 relative to the rate of a large matrix product, which takes turns with them.
@@ -14,7 +14,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from dataclasses import field
 from dataclasses import replace
-from os.path import expanduser
 from pathlib import Path
 from typing import Callable
 
@@ -37,7 +36,7 @@ class Contestant:
     forward_backward: Callable
     update: Callable
     flops: int              # of a step
-    memory: str             # what the model needs, in words
+    memory: str             # the model's peak on a GPU, in words
     forward_backward_times: list = field(default_factory=list)
     update_times: list = field(default_factory=list)
     product_times: list = field(default_factory=list)
@@ -59,48 +58,15 @@ def make_contestant(name, build, config, tokens, device, autocast):
         optimizer.step()
         normalize_weights()
 
+    memory = ""
     if device.type == "cuda":
         forward_backward()
         update()
         peak = torch.cuda.max_memory_allocated() - memory_before
         torch.cuda.reset_peak_memory_stats()
-        memory = f"peak memory {peak / 2 ** 30:.2f} GiB"
-    else:
-        compiled = compiled_model is not model
-        kept = kept_for_backward(model, tokens, autocast, compiled)
-        memory = f"{kept:.1f}·d bytes a token and block kept for backward"
+        memory = f"; peak memory {peak / 2 ** 30:.2f} GiB"
     flops = model.flops_per_token() * tokens.numel()
     return Contestant(name, forward_backward, update, flops, memory)
-
-
-def kept_for_backward(model, tokens, autocast, compiled):
-    """Bytes that a block keeps for its backward, per token and channel."""
-    block = model.blocks[0]
-    if compiled:
-        block = torch.compile(block, dynamic=False)
-    sizes = []
-    for batches in (1, 2):
-        kept = []
-
-        def keep(tensor):
-            kept.append(tensor)
-            return tensor
-
-        h = model.embedding[tokens].repeat(batches, 1, 1)
-        with autocast, torch.autograd.graph.saved_tensors_hooks(keep, unchanged):
-            block(h, model.cos_sin)
-        # A storage that is kept twice takes its memory once.
-        storages = {}
-        for tensor in kept:
-            storage = tensor.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-        sizes.append(sum(storages.values()))
-    # What a second batch adds: weights do not count.
-    return (sizes[1] - sizes[0]) / tokens.numel() / model.config.width
-
-
-def unchanged(tensor):
-    return tensor
 
 
 def seconds(function, device):
@@ -164,43 +130,18 @@ def report(contestants, config, tokens, size):
         update = statistics.median(model.update_times)
         print(f"{model.name:>10}: step {1e3 * step:.2f} ms, "
               f"of which the update {1e3 * update:.2f}; {tokens / step:,.0f} tokens/s, "
-              f"MFU {model.flops / step / peak:.1%} of {peak / 1e12:.3f} TFLOP/s, {config.dtype}; "
-              f"{model.memory}")
-    for step_tokens in (tokens, LARGE_STEP):
-        ratio = ratio_of(contestants, step_tokens / tokens)
-        print(f"ratio normalized/plain: {ratio:.3f} for a step of {step_tokens:,} tokens")
-
-
-def ratio_of(contestants, micro_batches):
+              f"MFU {model.flops / step / peak:.1%} of {peak / 1e12:.3f} TFLOP/s, "
+              f"{config.dtype}{model.memory}")
     normalized, opponent = contestants
-    return step_seconds(normalized, micro_batches) / step_seconds(opponent, micro_batches)
-
-
-def add_row(path, contestants, config, tokens):
-    """Add what was measured to a .csv file. Raises OSError, and ValueError for another table."""
-    row = {}
-    for name in ("width", "depth", "head_dim", "seq_len", "vocab_size", "dtype"):
-        row[name] = str(getattr(config, name))
-    row["tokens"] = str(tokens)
-    for model in contestants:
-        row[f"{model.name}_ms"] = f"{1e3 * step_seconds(model):.2f}"
-    row["ratio"] = f"{ratio_of(contestants, 1):.3f}"
-    row["ratio_half_million_tokens"] = f"{ratio_of(contestants, LARGE_STEP / tokens):.3f}"
-
-    rows = []
-    if Path(path).exists():
-        header, lines = show.read_rows(path)
-        if header and set(header) != set(row):
-            raise ValueError(f"{path} has other columns; choose another --csv")
-        rows = [before for _, before in lines]
-    show.write_rows(path, [*rows, row])
+    for step_tokens in (tokens, LARGE_STEP):
+        micro_batches = step_tokens / tokens
+        ratio = step_seconds(normalized, micro_batches) / step_seconds(opponent, micro_batches)
+        print(f"ratio normalized/plain: {ratio:.3f} for a step of {step_tokens:,} tokens")
 
 
 def main():
     parser = show.ArgumentParser("bench.py", __doc__)
-    parser.add_argument("--csv", metavar="FILE.csv", type=expanduser,
-                        help="add a row to this file")
-    args, options = parser.parse_known_args()
+    _, options = parser.parse_known_args()
     try:
         given = train.parse_args(options, plain.Config)
         config = train.load_config({"vocab_size": 50304, **given}, plain.Config)
@@ -216,8 +157,6 @@ def main():
 
         contestants = race_as_memory_allows(config, tokens, product, device, autocast)
         report(contestants, config, tokens.numel(), size)
-        if args.csv:
-            add_row(args.csv, contestants, config, tokens.numel())
     except (ValueError, OSError) as error:
         sys.exit(f"bench.py: {error}")
 

@@ -19,6 +19,7 @@ writes rows. results/verdict.py judges the table.
 """
 import argparse
 import csv
+import errno
 import fcntl
 import functools
 import io
@@ -42,7 +43,9 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import compare
 import plain
+import show
 import train
 import verdict
 from parametrize import COLUMNS
@@ -162,10 +165,8 @@ def make_config(options, base, is_base):
     config = config_class(**{**base, **options, "out_dir": "", "sample_tokens": 0,
                              "eval_every": 10 ** 9, "checkpoint_every": 10 ** 9})
     if is_base:     # each candidate for --write_base is itself the base
-        config.base_width = config.width
-        config.base_depth = config.depth
-        config.base_steps = config.steps
-        config.base_batch_size = config.batch_size
+        for name in ("width", "depth", "steps", "batch_size"):
+            setattr(config, f"base_{name}", getattr(config, name))
     # three checks, which raise
     train.check(config)
     train.model_config(config)
@@ -183,35 +184,19 @@ def read_meta(data, seq_len):
     return meta
 
 
-def options_of(config):
-    """{option: value} of a run. What the plain GPT alone has is at its default in other runs."""
-    return {**vars(verdict.DEFAULTS), **asdict(config)}
+def row_of(config):
+    """{option: value} of a run, and its text. What the plain GPT alone has is at its default in
+    other runs."""
+    row = {**verdict.DEFAULTS, **asdict(config)}
+    row["data_fingerprint"] = fingerprint(read_meta(config.data, config.seq_len))
+    # bytes of a path that are not UTF-8 are written out, as \udce9
+    return {name: value.encode(errors="backslashreplace").decode()
+            if isinstance(value, str) else value for name, value in row.items()}
 
 
-def identity(config, data_fingerprint):
+def identity(config):
     """What makes the run: two runs with the same are one run."""
-    return identity_of_row({**options_of(config), "data_fingerprint": data_fingerprint})
-
-
-def printable(text):
-    """The text with bytes of a path that are not UTF-8 written out, as \\udce9."""
-    return text.encode("utf-8", errors="backslashreplace").decode()
-
-
-def rounded(value):
-    """A float to six digits, so that a number and its text in a table are the same."""
-    return float(f"{value:.6g}") if isinstance(value, float) else value
-
-
-def identity_of_row(row):
-    """The identity of the run that a row of the table is of."""
-    values = []
-    for name in verdict.OPTIONS:
-        value = rounded(row[name])
-        if isinstance(value, str):
-            value = printable(value)
-        values.append(value)
-    return (*values, row["data_fingerprint"])
+    return verdict.identity(row_of(config))
 
 
 def flops(config):
@@ -224,8 +209,8 @@ def flops(config):
 def shape(config):
     """What torch.compile compiles for: all sizes of the model, a fork's among them, and the batch."""
     sizes = asdict(train.model_config(config)).values()
-    micro_batch_size = train.split_batch(config)[1]
-    return (config.parametrization in plain.COLUMNS, *sizes, micro_batch_size, config.dtype)
+    return (config.parametrization in plain.COLUMNS, *sizes, config.batch_size,
+            config.micro_batch_size, config.dtype)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -239,61 +224,68 @@ class Table:
     def __init__(self, path, config_class):
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = open(self.path, "ab", buffering=0)
+        self.lock()
         self.columns = [*train.options_of_a_run(config_class), "data", "data_fingerprint",
                         *train.OUTCOME]
-        self.file = open(self.path, "ab", buffering=0)
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another sweep is writing to {path}; wait for it, or choose another "
-                             "--results") from None
-        if self.file.tell() > 0:
-            self.drop_half_row()
-        if self.file.tell() > 0:
-            self.columns = self.header()
+        content = self.path.read_bytes()
+        if content:
+            self.columns = self.header(content)
+            self.drop_half_row(content)
+        self.rows()         # raises ValueError, before anything is trained, if one is wrong
 
-    def drop_half_row(self):
-        """Remove the last line if a crash left it without its end. A whole row whose newline an
-        editor took away stays."""
-        text = self.path.read_bytes()
-        last = text.splitlines()[-1]
-        half = not text.endswith(b"\n") and last.count(b",") < text.splitlines()[0].count(b",")
-        if half:
-            self.file.truncate(len(text) - len(last))
-            self.file.seek(0, os.SEEK_END)
-
-    def header(self):
+    def header(self, content):
         """The columns of the file, in its order. Raises ValueError if rows would not fit."""
-        with open(self.path, newline="", encoding="utf-8-sig", errors="replace") as file:
-            columns = next(csv.reader(file))
+        first_line = content.splitlines()[0].decode("utf-8-sig", errors="replace")
+        columns = next(csv.reader([first_line]))
         missing = [name for name in self.columns if name not in columns]
         if missing:
             raise ValueError(f"{self.path} has no column {missing[0]}, so this sweep cannot "
                              "continue it; choose another --results")
         return columns
 
+    def drop_half_row(self, content):
+        """Remove the last line if a crash left it without its end. A whole row whose newline an
+        editor took away stays."""
+        last = content.splitlines()[-1]
+        if not content.endswith(b"\n") and last.count(b",") + 1 < len(self.columns):
+            self.file.truncate(len(content) - len(last))
+
+    def lock(self):
+        """Raises ValueError if another sweep has the table. Goes on where there are no locks."""
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another sweep is writing to {self.path}; wait for it, or choose "
+                             "another --results") from None
+        except OSError as error:        # as on Lustre
+            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+                raise
+            print(f"{self.path.parent} has no file locks: give this table to one sweep at a time",
+                  file=sys.stderr)
+
     def rows(self):
         """The runs of the table, as verdict.read_results gives them."""
-        return verdict.read_results(self.path) if self.file.tell() > 0 else []
+        (runs,), _ = verdict.read_results(self.path)
+        return runs
 
     def append(self, row):
         """Add a row, whole or not at all. Raises OSError."""
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, self.columns, lineterminator="\n")
-        size = self.file.tell()
-        if size == 0:
+        before = self.path.read_bytes()
+        if not before:
             writer.writeheader()
-        elif not self.path.read_bytes().endswith(b"\n"):
+        elif not before.endswith(b"\n"):
             text.write("\n")        # which an editor took away
         writer.writerow({name: row.get(name) for name in self.columns})
-        content = printable(text.getvalue()).encode()
+        content = text.getvalue().encode()
         try:
-            written = self.file.write(content)
-            if written < len(content):
+            if self.file.write(content) < len(content):
                 raise OSError(f"there is no room for a row of {self.path}")
             os.fsync(self.file.fileno())
         except OSError:
-            os.truncate(self.path, size)
+            self.file.truncate(len(before))
             raise
 
 
@@ -301,22 +293,16 @@ class Table:
 # Workers
 
 
-def work(connection, gpu):
-    """A worker process: trains one Config after the other, until it gets None."""
+def work(connection):
+    """A worker process: trains one Config after the other."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C reaches the parent, too
     threading.Thread(target=end_with_parent, daemon=True).start()
-    if gpu is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
-    else:
-        torch.set_num_threads(1)
     train.quiet = True
     compiled = None
     while True:
         try:
             config = connection.recv()
         except EOFError:        # the parent is gone
-            return
-        if config is None:
             return
         if compiled != shape(config):
             torch.compiler.reset()      # or the compiler gives up after some shapes
@@ -338,144 +324,106 @@ def end_with_parent():
 class Worker:
     """A worker process, seen from the parent."""
 
-    def __init__(self, gpu):
+    def __init__(self):
         context = multiprocessing.get_context(START_METHOD)
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=work, args=(theirs, gpu), daemon=True)
+        self.process = context.Process(target=work, args=(theirs,), daemon=True)
         self.process.start()
         theirs.close()
         self.config = None      # what it is training
         self.shape = None       # what it has compiled last
 
-    def give(self, config):
-        self.config = config
-        self.shape = shape(config)
+    def give(self, waiting):
+        """Take the largest run of those waiting: of the shape it has compiled, if one is left."""
+        same = [config for config in waiting if shape(config) == self.shape]
+        self.config = max(same or waiting, key=flops)
+        self.shape = shape(self.config)
+        waiting.remove(self.config)
         with suppress(BrokenPipeError):     # it has died: take() will say so
-            self.connection.send(config)
+            self.connection.send(self.config)
 
     def take(self):
-        """(outcome, None) of the run that ended, or (None, why it failed)."""
+        """(Config, outcome, None) of the run that ended, or (Config, None, why it failed)."""
+        config = self.config
+        self.config = None
         try:
-            return self.connection.recv()
+            return config, *self.connection.recv()
         except EOFError:
             self.process.join()
-            return None, f"its process ended with exit code {self.process.exitcode}"
-
-
-def next_run(waiting, worker, workers):
-    """The run that a worker takes: one of the shape that it has compiled, if any is left. Else one
-    of the shape that has most work left, divided by the workers that are busy with that shape. Of
-    a shape the largest run comes first."""
-    left = {}
-    for config in waiting:
-        left[shape(config)] = left.get(shape(config), 0) + flops(config)
-    if worker.shape in left:
-        chosen = worker.shape
-    else:
-        def work_left(candidate):
-            busy = sum(other.config is not None and other.shape == candidate for other in workers)
-            return left[candidate] / (1 + busy)
-        chosen = max(left, key=work_left)
-    return max((config for config in waiting if shape(config) == chosen), key=flops)
-
-
-def gpus():
-    """The numbers of the GPUs, as text."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible:
-        return visible.split(",")
-    return [str(i) for i in range(torch.cuda.device_count())]
+            return config, None, f"its process ended with exit code {self.process.exitcode}"
 
 
 def start_workers(count, device):
-    """Worker processes: `count` of them, or one a GPU, or one a core."""
-    numbers = gpus() if device != "cpu" else []
-    if not numbers:
-        os.environ["OMP_NUM_THREADS"] = "1"     # workers inherit it
-    count = count or len(numbers) or len(os.sched_getaffinity(0))
-    return [Worker(numbers[i % len(numbers)] if numbers else None) for i in range(count)]
+    """Worker processes: `count` of them, or one a GPU, or one for each core that we may use."""
+    gpus = torch.cuda.device_count() if device != "cpu" else 0
+    count = count or gpus or len(os.sched_getaffinity(0))
+    # Workers inherit the environment. PyTorch counts the GPUs of this list, from its beginning.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else [str(i) for i in range(gpus)]
+    workers = []
+    for i in range(count):
+        if gpus:
+            os.environ["CUDA_VISIBLE_DEVICES"] = names[i % gpus]
+        workers.append(Worker())
+    return workers
 
 
 class Sweep:
     """The runs of one command, on one table, by one set of workers."""
 
-    def __init__(self, configs, fingerprints, table, worker_count):
+    def __init__(self, configs, table, worker_count):
         self.configs = configs
-        self.fingerprints = fingerprints    # {data folder: its fingerprint}
         self.table = table
         self.worker_count = worker_count
         self.workers = []                   # started when there is something to do
-        self.varying = varying_options(configs)
+        self.varying = compare.options_that_vary([row_of(config) for config in configs])
+        if len({config.seed for config in configs}) > 1 or not self.varying:
+            self.varying.append("seed")
         self.failed = {}                    # {description of a run: why it failed}
 
     def describe(self, config):
-        options = options_of(config)
-        return " ".join(f"{name}={options[name]}" for name in self.varying)
+        row = row_of(config)
+        return " ".join(f"{name}={row[name]}" for name in self.varying)
 
     def done(self):
         """Those of the Configs that have a row in the table."""
-        identities = set()
-        for row in self.table.rows():
-            identities.add(identity_of_row(row))
-        return [config for config in self.configs
-                if identity(config, self.fingerprints[config.data]) in identities]
+        identities = {verdict.identity(run) for run in self.table.rows()}
+        return [config for config in self.configs if identity(config) in identities]
 
     def run(self, configs):
         """Train those of configs that have no row yet."""
-        done = {id(config) for config in self.done()}       # a Config has no hash of its own
-        waiting = [config for config in configs if id(config) not in done]
+        done = {identity(config) for config in self.done()}
+        waiting = [config for config in configs if identity(config) not in done]
         if len(waiting) < len(configs):
             train.say(f"{len(configs) - len(waiting)} of {len(configs)} runs are in "
                       f"{self.table.path}")
         if not waiting:
             return
-        if not self.workers:
-            self.workers = start_workers(self.worker_count, configs[0].device)
-        layout = "{percentage:3.0f}%|{bar}| {elapsed}, {remaining} left{postfix}"
-        total = len(waiting)
-        ended = 0
-        best = math.inf
+        self.workers = self.workers or start_workers(self.worker_count, configs[0].device)
+        layout = "{percentage:3.0f}%|{bar}| {elapsed}, {remaining} left"
         with tqdm(total=sum(map(flops, waiting)), bar_format=layout, mininterval=1) as bar:
-            bar.set_postfix_str(f"{ended} of {total} runs")
-            self.feed(waiting)
-            while any(worker.config for worker in self.workers):
-                for config, outcome, reason in self.wait():
+            while True:
+                for worker in self.workers:
+                    if waiting and worker.config is None and worker.process.is_alive():
+                        worker.give(waiting)
+                busy = {worker.connection: worker for worker in self.workers if worker.config}
+                if not busy:
+                    break
+                for connection in multiprocessing.connection.wait(list(busy)):
+                    config, outcome, reason = busy[connection].take()
                     line = self.record(config, outcome, reason)
                     bar.write(f"{self.describe(config)}: {line}", file=sys.stderr)
-                    if outcome and outcome["status"] == "finished":
-                        best = min(best, outcome["val_loss"])
-                    ended += 1
-                    bar.set_postfix_str(f"{ended} of {total} runs, best {best:.4f}", refresh=False)
                     bar.update(flops(config))
-                self.feed(waiting)
         for config in waiting:
             self.failed[self.describe(config)] = "no worker is left"
-
-    def feed(self, waiting):
-        """Give each idle worker a run, and take that from the waiting ones."""
-        for worker in self.workers:
-            if waiting and worker.config is None and worker.process.is_alive():
-                config = next_run(waiting, worker, self.workers)
-                waiting.remove(config)
-                worker.give(config)
-
-    def wait(self):
-        """[(Config, outcome or None, why it failed or None)] of the runs that end next."""
-        busy = {worker.connection: worker for worker in self.workers if worker.config}
-        ended = []
-        for connection in multiprocessing.connection.wait(list(busy)):
-            worker = busy[connection]
-            ended.append((worker.config, *worker.take()))
-            worker.config = None
-        return ended
 
     def record(self, config, outcome, reason):
         """Add the run's row, or its name to those that failed. Returns a few words on it."""
         if outcome is None:
             self.failed[self.describe(config)] = reason
             return f"failed: {reason}"
-        self.table.append({**options_of(config),
-                           "data_fingerprint": self.fingerprints[config.data], **outcome})
+        self.table.append({**row_of(config), **outcome})
         return f"val_loss {outcome['val_loss']:.4f}, {outcome['status']}"
 
     def tune(self, count):
@@ -483,38 +431,25 @@ class Sweep:
         best `count` with all seeds; and again, until the best `count` of all have run with all."""
         names = [name for name in self.varying if name != "seed"]
 
-        def setting_of(options):
-            return tuple(rounded(options[name]) for name in names)
+        def setting_of(run):
+            return tuple(verdict.rounded(run[name]) for name in names)
 
         chosen = [config for config in self.configs if config.seed == self.configs[0].seed]
         while True:
             self.run(chosen)
-            done = self.done()
+            done = {identity(config) for config in self.done()}
             if self.failed or not done:
                 return None
-            mine = {identity(config, self.fingerprints[config.data]) for config in done}
-            rows = [row for row in self.table.rows() if identity_of_row(row) in mine]
-            ranked, _ = verdict.rank(rows, names)
-            best = [setting_of(dict(zip(names, one.values))) for one in ranked[:count]]
-            chosen = []
-            winner = None
-            for config in self.configs:
-                setting = setting_of(options_of(config))
-                if setting in best:
-                    chosen.append(config)
-                if setting == best[0] and winner is None:
-                    winner = config
-            if set(map(id, chosen)) <= set(map(id, done)):
-                return winner
+            rows = [run for run in self.table.rows() if verdict.identity(run) in done]
+            best = [setting.values for setting in compare.rank(rows, names)[:count]]
+            chosen = [config for config in self.configs if setting_of(row_of(config)) in best]
+            if all(identity(config) in done for config in chosen):
+                return next(one for one in chosen if setting_of(row_of(one)) == best[0])
 
     def stop(self):
         """End the workers, busy ones in the middle of their runs, and release the table's lock."""
         for worker in self.workers:
-            if worker.config:
-                worker.process.terminate()
-            else:
-                with suppress(BrokenPipeError):     # it has died
-                    worker.connection.send(None)
+            worker.process.terminate()
             worker.process.join()
         self.table.file.close()
 
@@ -594,9 +529,8 @@ def read_command(argv):
 
 
 def make_runs(groups, base, own):
-    """(Configs of all runs, without repetition; {data folder: fingerprint}). Raises ValueError."""
+    """The Configs of all runs, without repetition. Raises ValueError."""
     runs = {}
-    fingerprints = {}
     read_meta.cache_clear()     # of an earlier call: the folder's text may have changed
     for group in groups:
         for options in combinations_of(group, own.random):
@@ -605,16 +539,8 @@ def make_runs(groups, base, own):
             except ValueError as error:
                 what = " ".join(f"{name}={value}" for name, value in options.items())
                 raise ValueError(f"impossible run, {what}: {error}") from None
-            fingerprints[config.data] = fingerprint(read_meta(config.data, config.seq_len))
-            runs[identity(config, fingerprints[config.data])] = config
-    return list(runs.values()), fingerprints
-
-
-def varying_options(configs):
-    """Names of the options that differ between runs."""
-    runs = [options_of(config) for config in configs]
-    varying = [name for name in verdict.OPTIONS if len({run[name] for run in runs}) > 1]
-    return varying or ["parametrization"]
+            runs[identity(config)] = config
+    return list(runs.values())
 
 
 def script_of(config):
@@ -624,19 +550,15 @@ def script_of(config):
 
 def command(config, base):
     """The command of train.py, or of plain.py, that makes the run."""
-    same = {"parametrization": config.parametrization, "data": config.data}
-    default = make_config(same, base, False)
-    words = [f"python {script_of(config)}"]
+    known = {f.name for f in fields(config)}
+    default = type(config)(**{name: value for name, value in base.items() if name in known})
+    words = ["python", script_of(config)]
     if config.base:
-        words.append(f"--base={shlex.quote(config.base)}")
-    if config.parametrization != base.get("parametrization", train.Config.parametrization):
-        words.append(f"--parametrization={config.parametrization}")
-    if config.data != train.Config.data:
-        words.append(shlex.quote(f"--data={config.data}"))
-    for name in train.options_of_a_run(type(config)):
+        words.append(f"--base={config.base}")
+    for name in ["data", *train.options_of_a_run(type(config))]:
         if getattr(config, name) != getattr(default, name):
-            words.append(shlex.quote(f"--{name}={getattr(config, name)}"))
-    return " ".join(words)
+            words.append(f"--{name}={getattr(config, name)}")
+    return shlex.join(words)
 
 
 def check_base_path(path):
@@ -647,8 +569,9 @@ def check_base_path(path):
             raise ValueError(f"{path} was not written by a sweep; choose another --write_base")
 
 
-def save_base(path, config, meta, settings):
+def save_base(path, config, settings):
     """Write the config as a base file."""
+    meta = read_meta(config.data, config.seq_len)
     names = [name for name in train.options_of_a_run(type(config))
              if name not in train.NOT_FROM_A_BASE]
     numbers = {name: getattr(config, name) for name in names}
@@ -664,7 +587,7 @@ def main():
     sweep = None
     try:
         own, base, groups = read_command(sys.argv[1:])
-        configs, fingerprints = make_runs(groups, base, own)
+        configs = make_runs(groups, base, own)
         if own.dry:
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # `| head` ends this quietly
             for config in sorted(configs, key=flops, reverse=True):
@@ -675,21 +598,19 @@ def main():
             check_base_path(own.write_base)
         has_plain = any(isinstance(config, plain.Config) for config in configs)
         table = Table(os.path.expanduser(own.results), plain.Config if has_plain else train.Config)
-        table.rows()        # raises ValueError, before anything is trained, if one is wrong
-        sweep = Sweep(configs, fingerprints, table, own.workers)
+        sweep = Sweep(configs, table, own.workers)
         if own.finalists:
             winner = sweep.tune(own.finalists)
             if winner and own.write_base:
                 settings = sum(config.seed == configs[0].seed for config in configs)
-                meta = read_meta(winner.data, winner.seq_len)
-                save_base(own.write_base, winner, meta, settings)
+                save_base(own.write_base, winner, settings)
         else:
             sweep.run(configs)
     except (ValueError, OSError) as error:
         sys.exit(f"sweep.py: {error}")
     except KeyboardInterrupt:
         print("stopped; the same command continues", file=sys.stderr)
-        return train.EXIT_CODES["stopped"]
+        return 4        # as train.py
     finally:
         if sweep:
             sweep.stop()

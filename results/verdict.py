@@ -1,17 +1,17 @@
 """
-The verdict on a results table: does the best learning rate η stay where it is as models grow?
+The verdict on a sweep: does the best learning rate η stay where it is as models grow?
 
-    python results/verdict.py results/width_1600.csv --plot=picture.png
-    python results/verdict.py results/width_100.csv results/width_1600.csv     drift against steps
+    python results/verdict.py results/width_tuned.csv --plot=picture.png
+    python results/verdict.py results/width_tuned.csv results/width_mup.csv     one sweep, joined
+    python results/verdict.py results/width_100.csv results/width_1600.csv      drift against steps
 
-results/sweep.py makes such a table, a row a run. If all runs are of one size, and several
-hyperparameters have many values, then the table is a random search. Its verdict is the best
-settings, as options to paste, and the ranges that were too narrow. If each run differs in at most
-one option from the others, then the verdict is what each change gains.
+results/sweep.py makes such a table, a row a run. Of random searches, of options changed one at a
+time and of a single size there is results/compare.py.
 
 In this file a *column* is a parametrization, as in parametrize.py or results/plain.py.
-A *curve* is the loss of one column at one size against log2 η. *Drift* is how far the best η moves
-when the size doubles, in octaves. *Regret* is what the smallest size's best η costs a larger model.
+A *curve* is the loss of one column at one size against x = log2 η. *Drift* is how far the best x
+moves when the size doubles, in octaves. *Regret* is what the smallest size's best η costs a larger
+model, against its own best. *Cost* is the same against the best that any column reached there.
 """
 import functools
 import math
@@ -31,61 +31,55 @@ import parametrize
 import plain
 import show
 import train
-from parametrize import TENSOR_CLASSES
 from show import COLUMNS
 
 # plain.Config is train.Config with the plain GPT's own option.
-DEFAULTS = plain.Config()
+DEFAULTS = vars(plain.Config())
 OPTION_TYPES = {option.name: option.type for option in fields(plain.Config)}
-OPTIONS = train.options_of_a_run(plain.Config)       # these make a run, with the data
+OPTIONS = train.options_of_a_run(plain.Config)       # these make a run, with the text
 
 AXES = ["width", "depth", "steps", "batch_size"]
 SIZES = [*AXES, *(f"base_{axis}" for axis in AXES)]
-CLASSES = [name for name in TENSOR_CLASSES if f"{name}_lr_mult" in OPTION_TYPES]
+CLASSES = [name for name in parametrize.TENSOR_CLASSES if f"{name}_lr_mult" in OPTION_TYPES]
 MULTS = [f"{tensor_class}_lr_mult" for tensor_class in CLASSES]
 
 # These vary within a sweep.
 VARYING = ["parametrization", *AXES, "learning_rate", "seed", "dtype"]
 # These are as a column wants them at a number of steps and a batch size.
 RECIPE = ["warmup_steps", "weight_decay", "beta1", "beta2", "eps", *MULTS, "embedding_std"]
-# These a random search may vary.
-SEARCHED = ["learning_rate", "alpha_init", *MULTS, "weight_decay", "warmup_steps", "beta2",
-            "min_lr_ratio", "embedding_std"]
 
 
 # ------------------------------------------------------------------------------------------------
-# Reading a results table
+# Reading results tables
 
 CORE = ["parametrization", *AXES, "learning_rate", "seed", "val_loss", "status"]
 POSITIVE = [*SIZES, "learning_rate"]
 WHOLE_OUTCOMES = ["step", "tokens", "parameters"]
-NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+NUMBER = re.compile(r"([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
-def read_results(path):
+def read_results(*paths):
     """
-    The runs of a results table, a list of {option or outcome: value}. Values have Config's types.
+    ([the runs of each table], sentences on what was assumed). A run is {option or outcome: value}.
 
-    A missing option has Config's default, a missing outcome is None. val_loss is inf where a run
-    diverged. Of equal runs the last row counts. The list is empty if the table has no rows. Raises
-    OSError, and ValueError for what cannot be read.
+    Values have Config's types. An older table may lack an option, or the fingerprint of its text:
+    see fill. A missing outcome is None. val_loss is inf where a run diverged. Of equal runs the
+    last row counts. Raises OSError, and ValueError for what cannot be read.
     """
-    header, rows = show.read_rows(path)
-    if header:
-        check_header(path, header)
-    runs = {}
-    for line, row in rows:
-        run = read_run(f"{path}, line {line}", row)
-        identity = tuple(run[key] for key in [*OPTIONS, "data_fingerprint"])
-        runs[identity] = run
-    return list(runs.values())
+    tables = {}
+    for path in paths:
+        header, rows = show.read_rows(path)
+        if header:
+            check_header(path, header)
+        tables[path] = [read_run(f"{path}, line {line}", row) for line, row in rows]
+    notes = fill(tables)
+    return [list({identity(run): run for run in runs}.values()) for runs in tables.values()], notes
 
 
 def check_header(path, header):
     """Raises ValueError for an unknown column, and if one is missing that every run needs."""
-    known = {*OPTION_TYPES, *train.OUTCOME, "data_fingerprint"}
     for name in header:
-        if name not in known:
+        if name not in {*OPTION_TYPES, *train.OUTCOME, "data_fingerprint"}:
             raise ValueError(f"{path}, line 1: column {name!r} is neither an option of train.py "
                              "nor an outcome")
     for name in CORE:
@@ -96,21 +90,15 @@ def check_header(path, header):
 
 def read_run(where, row):
     """The run of a row {column: text}. Raises ValueError, which begins with `where`."""
-    run = dict(vars(DEFAULTS))
-    run.update(dict.fromkeys(train.OUTCOME))
-    run.update({"data_fingerprint": ""})
+    run = dict.fromkeys(train.OUTCOME)
     for name, cell in row.items():
         try:
             run[name] = read_cell(name, cell)
         except ValueError as error:
             raise ValueError(f"{where}, column {name}: {error}") from None
-
     for name in POSITIVE:
-        if run[name] <= 0:
-            raise ValueError(f"{where}, column {name}: must be more than 0, not {run[name]}")
-    for name in MULTS:
-        if run[name] < 0:
-            raise ValueError(f"{where}, column {name}: must be at least 0, not {run[name]}")
+        if run.get(name) == 0:
+            raise ValueError(f"{where}, column {name}: must be more than 0")
     if run["status"] not in ("finished", "diverged"):
         raise ValueError(f"{where}, column status: must be finished or diverged, "
                          f"not {run['status']!r}")
@@ -118,9 +106,6 @@ def read_run(where, row):
         run["val_loss"] = math.inf
     if run["val_loss"] is None:
         raise ValueError(f"{where}, column val_loss: a finished run must have a loss")
-    # A table older than fingerprints knows its text by the folder.
-    if not run["data_fingerprint"]:
-        run["data_fingerprint"] = run["data"]
     return run
 
 
@@ -138,23 +123,65 @@ def read_cell(name, cell):
 
 def read_value(cell, kind):
     """The str, bool, int or float in a cell, as a spreadsheet may spell it. Raises ValueError."""
+    text = cell.strip()
     if kind is str:
         return cell
-    text = cell.strip()
     if kind is bool:
         if text.lower() not in ("true", "false"):
             raise ValueError(f"{cell!r} is neither True nor False")
         return text.lower() == "true"
-    if not NUMBER.fullmatch(text):
+    if not NUMBER.fullmatch(text) or math.isinf(float(text)):
         raise ValueError(f"{cell!r} is no number, as 1234.5 and 1e-16 are")
-    number = float(text)
-    if abs(number) > 1e18:
-        raise ValueError(f"{cell!r} is too large")
     if kind is float:
-        return number
-    if number != int(number):
+        return float(text)
+    if float(text) != int(float(text)):
         raise ValueError(f"{cell!r} is no whole number")
-    return int(text) if text.isdecimal() else int(number)       # float would round a long seed
+    return int(text) if text.isdecimal() else int(float(text))      # float would round a long seed
+
+
+def fill(tables):
+    """
+    Gives the runs of {path: runs} what an older table lacks. Returns sentences that say so.
+
+    It is what all other tables have, if they have one value of it; else Config's default. Without
+    a fingerprint a text is known by its folder, which is taken for one text in all tables.
+    """
+    notes = []
+    everything = [run for runs in tables.values() for run in runs]
+    for name in OPTIONS:
+        known = {run[name] for run in everything if name in run}
+        value = known.pop() if len(known) == 1 else DEFAULTS[name]
+        for path, runs in tables.items():
+            lacking = [run for run in runs if name not in run]
+            for run in lacking:
+                run[name] = value
+            if lacking and value != DEFAULTS[name]:
+                notes.append(f"{path} has no {name}: taken as {value}, as in the others.")
+
+    texts = {}      # {data folder: its fingerprints}
+    for run in everything:
+        run.setdefault("data", DEFAULTS["data"])
+        if run.get("data_fingerprint"):
+            texts.setdefault(run["data"], set()).add(run["data_fingerprint"])
+    for path, runs in tables.items():
+        lacking = [run for run in runs if not run.get("data_fingerprint")]
+        for run in lacking:
+            known = texts.get(run["data"], ())
+            run["data_fingerprint"] = min(known) if len(known) == 1 else run["data"]
+        if lacking and texts:
+            notes.append(f"{path} has no data_fingerprint: a folder {lacking[0]['data']} is taken "
+                         "for the same text as in the others.")
+    return notes
+
+
+def rounded(value):
+    """A float to six digits: some tables have six, some seventeen."""
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def identity(run):
+    """What makes the run: two runs with the same are one run."""
+    return (*(rounded(run[name]) for name in OPTIONS), run["data_fingerprint"])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -173,29 +200,25 @@ def rates_of(column, alpha_init, sizes, lr_mults):
     )
 
 
-def rates_for(run, column):
-    """(settings, lr_factors) by a column for a run's model. Raises ValueError if it is unknown."""
-    sizes = tuple(run[key] for key in SIZES)
-    lr_mults = tuple(run[key] for key in MULTS)
-    return rates_of(column, run["alpha_init"], sizes, lr_mults)
-
-
 def factor_on_eta(run, column):
     """
     The η with which a column makes the same run, over the run's own η; 0 if no η does that.
 
     At the base size all columns of parametrize.py are one model: 1. At the base width and depth
-    they differ by the powers of m_t and m_b alone, which multiply every class's rate.
+    they differ by the powers of m_t and m_b alone, which multiply every class's rate. Raises
+    ValueError for an unknown column.
     """
-    settings, lr_factors = rates_for(run, run["parametrization"])
-    wanted_settings, wanted_factors = rates_for(run, column)
+    sizes = tuple(run[key] for key in SIZES)
+    lr_mults = tuple(run[key] for key in MULTS)
+    settings, rates = rates_of(run["parametrization"], run["alpha_init"], sizes, lr_mults)
+    wanted_settings, wanted = rates_of(column, run["alpha_init"], sizes, lr_mults)
     if settings != wanted_settings:
         return 0
     ratios = []
-    for tensor_class, wanted in wanted_factors.items():
-        if wanted > 0:
-            ratios.append(lr_factors[tensor_class] / wanted)
-        elif lr_factors[tensor_class] > 0:
+    for tensor_class, rate in wanted.items():
+        if rate > 0:
+            ratios.append(rates[tensor_class] / rate)
+        elif rates[tensor_class] > 0:
             return 0
     if not ratios or not math.isclose(min(ratios), max(ratios)):
         return 0
@@ -206,9 +229,16 @@ def factor_on_eta(run, column):
 # Curves
 
 
+class Cost(NamedTuple):
+    """What an η costs, in nats."""
+    mean: float         # over seeds; inf if one of them diverged
+    half: float         # of the 95 % interval; nan for a single seed, and where there is none
+    bound: bool         # whether the mean is a lower bound
+
+
 @dataclass
 class Curve:
-    """The loss of one column and size against x = log2 of η, or of a class's multiplier."""
+    """The loss of one column and size against x = log2 η."""
     seeds: list
     x: np.ndarray               # (X,): the grid, ascending
     loss: np.ndarray            # (seeds, X): nan where nothing ran, inf where it diverged
@@ -217,14 +247,13 @@ class Curve:
     radius: int                 # how many points on each side of the best are fitted, 2 at most
     add: list                   # x that are yet to run
     alpha: float                # mean |α| at the end, at the best x; nan for the plain GPT
-    own: bool                   # whether the column itself ran, or only others that are the same
 
-    # found by judge_column
-    optimum: float = math.nan       # the best x: by the fit, or of the grid without a fit
-    bottom: float = math.nan        # the lowest loss: of the grid, or of a parabola at the optimum
-    grid: str = ""                  # whether the grid was wide enough, in words
-    regret: float | None = None     # None: not known
-    bound: bool = False             # whether the regret is a lower bound
+    # found by judge_column and judge
+    optimum: float = math.nan   # the best x: by the fit, or of the grid without a fit
+    bottom: float = math.nan    # the lowest loss: of the grid, or of a parabola at the optimum
+    grid: str = ""              # whether the grid was wide enough, in words
+    regret: Cost | None = None  # None: not known
+    cost: Cost | None = None
 
     @property
     def window(self):
@@ -262,39 +291,22 @@ def at_common_level(loss):
     return loss - level + level.mean()
 
 
-def make_curve(points, own):
+def make_curve(points):
     """The Curve through {(x, seed): run}."""
     seeds, x, loss = loss_table(points)
     mean = np.nanmean(at_common_level(loss), axis=0)
     best = int(mean.argmin())
-    alphas = []
-    for (place, _), run in points.items():
-        if place == x[best]:
-            alphas.append(run["alpha_A"])
-            alphas.append(run["alpha_M"])
-    return Curve(
-        seeds=seeds,
-        x=x,
-        loss=loss,
-        mean=mean,
-        best=best,
-        radius=find_radius(mean, best),
-        add=points_to_add(x, loss, mean, best),
-        alpha=math.nan if None in alphas else statistics.fmean(alphas),
-        own=own,
-    )
-
-
-def find_radius(mean, best):
-    """
-    How many points on each side of the best to fit: 2 at most, and as many left as right.
-
-    Curves fall off a cliff on the right. A lopsided window would move the optimum.
-    """
+    # As many points left as right of the best: curves fall off a cliff on the right, and a lopsided
+    # window would move the optimum.
     radius = min(2, best, len(mean) - 1 - best)
     while radius > 0 and not np.isfinite(mean[best - radius : best + radius + 1]).all():
         radius -= 1
-    return radius
+    alphas = []
+    for (place, _), run in points.items():
+        if place == x[best]:
+            alphas += [run["alpha_A"], run["alpha_M"]]
+    alpha = math.nan if None in alphas else statistics.fmean(alphas)
+    return Curve(seeds, x, loss, mean, best, radius, points_to_add(x, loss, mean, best), alpha)
 
 
 def points_to_add(x, loss, mean, best):
@@ -309,63 +321,64 @@ def points_to_add(x, loss, mean, best):
     left = mean[max(best - 2, 0) : best]
     right = mean[best + 1 : best + 3]
     if not np.isinf(left).any():
-        for i in range(1, 3 - len(left)):
-            add.add(x[0] - i * step)
+        add.update(x[0] - i * step for i in range(1, 3 - len(left)))
     if not np.isinf(right).any():
-        for i in range(1, 3 - len(right)):
-            add.add(x[-1] + i * step)
+        add.update(x[-1] + i * step for i in range(1, 3 - len(right)))
     return sorted(add)
 
 
-def curves_of(column, key, runs_of_size, usual):
+def curves_of(column, runs_of_size):
     """
-    {size: Curve over log2 of the option `key`} of a column, from {size: runs}.
+    {size: Curve} of a column, from {size: runs}.
 
     Runs of other columns count where they are the same run. Where the column has none of its own,
-    those count, too, that are the same with another η. `usual` is what other multipliers must be.
+    those count, too, that are the same with another η.
     """
     recipes = {}
     for runs in runs_of_size.values():
         for run in runs:
             if run["parametrization"] == column:
-                length = (run["steps"], run["batch_size"])
-                recipes[length] = {option: run[option] for option in RECIPE}
-
+                recipes[run["steps"], run["batch_size"]] = [run[option] for option in RECIPE]
     curves = {}
     for size, runs in runs_of_size.items():
         own = any(run["parametrization"] == column for run in runs)
         points = {}
         for run in runs:
             factor = factor_on_eta(run, column)
-            if factor == 0 or (own and factor != 1) or run[key] == 0:
-                continue
-            wanted = {**recipes.get((run["steps"], run["batch_size"]), {}), **usual}
-            wanted.pop(key, None)
-            if any(run[option] != value for option, value in wanted.items()):
-                continue
-            x = round(math.log2(run[key] * factor), 4)
-            points[x, run["seed"]] = run
+            recipe = [run[option] for option in RECIPE]
+            wanted = recipes.get((run["steps"], run["batch_size"]), recipe)
+            if factor != 0 and (factor == 1 or not own) and recipe == wanted:
+                points[round(math.log2(run["learning_rate"] * factor), 4), run["seed"]] = run
         if points:
-            curves[size] = make_curve(points, own)
+            curves[size] = make_curve(points)
     return curves
 
 
-def loss_at(curve, x):
+def loss_at(x, loss, place):
     """
-    The mean loss at x: that which ran, or by a parabola through the three nearest points. inf if
-    one of them diverged, or if there are not three.
+    (loss at a place of the grid x, whether that is a lower bound).
+
+    It is the loss that ran there, or that of a parabola through the three nearest points that ran;
+    inf if one of them diverged, nan if there are not three. Beyond the grid it is the loss at the
+    edge, a lower bound: curves rise outwards.
     """
-    near = np.argsort(abs(curve.x - x), kind="stable")[:3]
-    if abs(curve.x[near[0]] - x) < 1e-6:
-        return float(curve.mean[near[0]])
-    if len(near) < 3 or not np.isfinite(curve.mean[near]).all():
-        return math.inf
-    parabola = np.polyfit(curve.x[near], curve.mean[near], 2)
-    return float(np.polyval(parabola, x))
+    ran = ~np.isnan(loss)
+    x = x[ran]
+    loss = loss[ran]
+    inside = np.clip(place, x[0], x[-1])
+    bound = abs(inside - place) > 1e-4
+    near = np.argsort(abs(x - inside), kind="stable")[:3]
+    if abs(x[near[0]] - inside) <= 1e-4:
+        return float(loss[near[0]]), bound
+    if len(near) < 3:
+        return math.nan, bound
+    if not np.isfinite(loss[near]).all():
+        return math.inf, bound
+    return float(np.polyval(np.polyfit(x[near], loss[near], 2), inside)), bound
 
 
 # ------------------------------------------------------------------------------------------------
-# Optima and their drift
+# Optima, their drift, and what a carried η costs
 
 
 def fit(curves):
@@ -378,11 +391,9 @@ def fit(curves):
     """
     windows = {}
     for size, curve in curves.items():
-        if curve.radius == 0:
-            continue
-        for seed in curve.complete:
-            loss = curve.loss[curve.seeds.index(seed)]
-            windows[size, seed] = (curve.x[curve.window], loss[curve.window])
+        for seed in curve.complete if curve.radius > 0 else []:
+            loss = curve.loss[curve.seeds.index(seed), curve.window]
+            windows[size, seed] = (curve.x[curve.window], loss)
 
     # A straight line through each window takes up its level and its best x. So c is what losses
     # have in common with x², less the straight line through x².
@@ -414,6 +425,14 @@ def student(freedom):
     return expansion + 2.55585 / freedom ** 3 + 1.58 / freedom ** 4
 
 
+def mean_of_seeds(values):
+    """(mean of a number a seed, half its 95 % interval); half is nan for fewer than two seeds."""
+    mean = float(np.mean(values))
+    if len(values) < 2 or not math.isfinite(mean):
+        return mean, math.nan
+    return mean, student(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+
+
 def drift(optima):
     """
     (slope of {(size, seed): best x} over log2 size, half its 95 % interval).
@@ -442,21 +461,51 @@ def drift(optima):
     return slope, student(freedom) * math.sqrt(variance / freedom)
 
 
+def cost_of(curve, carried, rivals):
+    """
+    The Cost of x = carried: the loss there less the best that one of the rivals reached.
+
+    Rivals are the curves of all columns at that size. For each seed the best column and η are
+    chosen on the other seeds: chosen on the same one, the luckiest setting would look best. Only
+    settings count that finished on all of these seeds. A single seed has to choose for itself. None
+    if the cost is not known.
+    """
+    losses = {}
+    bounds = []
+    for seed, loss in zip(curve.seeds, curve.loss):
+        at_carried, bound = loss_at(curve.x, loss, carried)
+        if not math.isnan(at_carried):
+            losses[seed] = at_carried
+            bounds.append(bound)
+    settings = []       # of each the losses, a seed each
+    for rival in rivals:
+        if set(losses) <= set(rival.seeds):
+            rows = [rival.seeds.index(seed) for seed in losses]
+            settings += [setting for setting in rival.loss[rows].T if np.isfinite(setting).all()]
+    if not losses or not settings:
+        return None
+
+    settings = np.array(settings)
+    costs = []
+    for i, loss in enumerate(losses.values()):
+        others = np.delete(settings, i, axis=1) if len(losses) > 1 else settings
+        best = others.mean(axis=1).argmin()
+        costs.append(loss - settings[best, i])
+    return Cost(*mean_of_seeds(costs), any(bounds))
+
+
 # ------------------------------------------------------------------------------------------------
-# The verdict on a column
+# The verdict
 
 
 @dataclass
 class Verdict:
-    """What the curves of one column say, or of one tensor class if one class varies at a time."""
+    """What the curves of one column say."""
     curves: dict                        # {size: Curve}
     optima: dict                        # {(size, seed): best x}
     drift: tuple | None                 # (octaves a doubling, half their 95 % interval)
-    regret: float | None                # the largest of all sizes
-    bound: bool                         # whether that is a lower bound
     same: str                           # is one grid point the best at all sizes? Yes, No or ?
     difference: tuple | None = None     # drift less the control's, on the same seeds
-    powers: dict | None = None          # {tensor class: the table's power of the size in its rate}
 
 
 def judge_column(curves):
@@ -465,23 +514,18 @@ def judge_column(curves):
     for size, curve in curves.items():
         of_seeds = [x for (its_size, _), x in optima.items() if its_size == size]
         curve.optimum = float(np.mean(of_seeds or curve.x[curve.best]))
-        curve.bottom = min(curve.mean[curve.best], loss_at(curve, curve.optimum))
+        fitted, _ = loss_at(curve.x, curve.mean, curve.optimum)
+        curve.bottom = np.fmin(curve.mean[curve.best], fitted)
         curve.grid = grid_in_words(curve)
 
     first, *larger = curves.values()
     for curve in larger:
         # Else the smallest size's best is not known, or this size's loss there.
         if first.radius > 0 and len(curve.x) >= 3:
-            curve.regret, curve.bound = regret_of(curve, first.optimum)
-    regrets = [curve.regret for curve in larger if curve.regret is not None]
-    return Verdict(
-        curves=curves,
-        optima=optima,
-        drift=drift(optima),
-        regret=max(regrets, default=None),
-        bound=any(curve.bound for curve in larger),
-        same=same_best(list(curves.values())),
-    )
+            loss, bound = loss_at(curve.x, curve.mean, first.optimum)
+            regret = max(loss - curve.bottom, 0) if loss < math.inf else math.inf
+            curve.regret = Cost(regret, math.nan, bound)
+    return Verdict(curves, optima, drift(optima), same_best(list(curves.values())))
 
 
 def grid_in_words(curve):
@@ -496,15 +540,6 @@ def grid_in_words(curve):
     return "wide enough"
 
 
-def regret_of(curve, x):
-    """(loss at x less the curve's best loss; whether that is only a lower bound)."""
-    # Curves rise outwards: beyond the grid, the loss at its edge is a lower bound.
-    inside = float(np.clip(x, curve.x[0], curve.x[-1]))
-    loss = loss_at(curve, inside)
-    regret = max(loss - curve.bottom, 0) if loss < math.inf else math.inf
-    return regret, inside != x
-
-
 def same_best(curves):
     """Yes or No by Lingle's criterion (arXiv:2404.05728); ? if a grid was too narrow to tell."""
     if len(curves) < 2 or any(curve.grid != "wide enough" for curve in curves):
@@ -515,57 +550,41 @@ def same_best(curves):
     return "Yes" if max(best) - min(best) < step / 2 else "No"
 
 
-# ------------------------------------------------------------------------------------------------
-# The verdict on a sweep
-
-
-def judge(runs, axis=None, control="ngpt"):
+def judge(runs, axis=None, control="ngpt", carried=None):
     """
     (axis, {column: Verdict}) of the runs of a sweep. The axis is what the size is.
 
-    Columns `control` and nugpt are judged, too, where runs of other columns count as theirs. If the
-    multiplier of one class varies at a time, at one η, classes take the place of columns. Raises
-    ValueError if the runs do not go together.
+    Columns `control` and nugpt are judged, too, where runs of other columns count as theirs.
+    `carried` is log2 of the η whose cost is wanted; by default each column carries the best η of
+    its smallest size. Raises ValueError if the runs do not go together.
     """
-    usual = {key: statistics.mode(run[key] for run in runs) for key in MULTS}
-    classes = classes_varied(runs, usual)
-    check_one_sweep(runs, may_differ=[f"{tensor_class}_lr_mult" for tensor_class in classes])
+    check_one_sweep(runs)
     varying = [key for key in AXES if len({run[key] for run in runs}) > 1]
     axis = axis or find_axis(varying)
     runs_of_size = group_by_size(runs, axis, varying)
-
     ran = {run["parametrization"] for run in runs}
     verdicts = {}
-    for tensor_class in classes:
-        column = runs[0]["parametrization"]
-        curves = curves_of(column, f"{tensor_class}_lr_mult", runs_of_size, usual)
-        judged = judge_column(curves)
-        judged.powers = powers_of(column, [tensor_class], judged, runs_of_size)
-        verdicts[tensor_class] = judged
-    if not classes:
-        for column in show.in_order({*ran, control, "nugpt"}):
-            curves = curves_of(column, "learning_rate", runs_of_size, usual={})
-            # Of a column that did not run, one size alone is of no interest.
-            if len(curves) > 1 or (curves and column in ran):
-                verdict = judge_column(curves)
-                verdict.powers = powers_of(column, TENSOR_CLASSES, verdict, runs_of_size)
-                verdicts[column] = verdict
+    for column in show.in_order({*ran, control, "nugpt"}):
+        curves = curves_of(column, runs_of_size)
+        # Of a column that did not run, one size alone is of no interest.
+        if len(curves) > 1 or (curves and column in ran):
+            verdicts[column] = judge_column(curves)
 
     for column, verdict in verdicts.items():
         if control in verdicts and column != control:
             verdict.difference = difference(verdict.optima, verdicts[control].optima)
+        smallest = verdict.curves[min(verdict.curves)]
+        place = smallest.optimum if carried is None else carried
+        for size, curve in verdict.curves.items():
+            rivals = [other.curves[size] for other in verdicts.values() if size in other.curves]
+            if carried is not None or smallest.radius > 0:      # else its best is not known
+                curve.cost = cost_of(curve, place, rivals)
     return axis, verdicts
 
 
-def classes_varied(runs, usual):
-    """The tensor classes of a sweep that varies one class's multiplier at a time; else []."""
-    columns = {run["parametrization"] for run in runs}
-    rates = {run["learning_rate"] for run in runs}
-    changed = [{key for key in MULTS if run[key] != usual[key]} for run in runs]
-    if len(columns) > 1 or len(rates) > 1 or max(len(keys) for keys in changed) != 1:
-        return []
-    changed_somewhere = set.union(*changed)
-    return [key.removesuffix("_lr_mult") for key in MULTS if key in changed_somewhere]
+def difference(optima, control):
+    """The drift of a column less the control's, from {(size, seed): best x} of both."""
+    return drift({key: optima[key] - control[key] for key in optima if key in control})
 
 
 def check_one_sweep(runs, may_differ=()):
@@ -584,8 +603,9 @@ def check_one_sweep(runs, may_differ=()):
                 group = (run["parametrization"], run["steps"], run["batch_size"])
                 where = f" in {run['parametrization']}'s runs of {run['steps']} steps"
             value = first_value.setdefault(group, run[key])
-            if run[key] != value:
-                raise ValueError(f"{key} is {value} and {run[key]}{where}; give each its own file")
+            if rounded(run[key]) != rounded(value):
+                raise ValueError(f"{key} is {value} and {run[key]}{where}; give each its own file, "
+                                 "or compare them by results/compare.py")
 
 
 def find_axis(varying):
@@ -594,16 +614,13 @@ def find_axis(varying):
         return "batch_size"     # at equal tokens
     if len(varying) > 1:
         return "parameters"
-    if len(varying) == 1:
-        return varying[0]
-    return "width"
+    return varying[0] if varying else "width"
 
 
 def group_by_size(runs, axis, varying):
     """{size: runs}, smallest first. Raises ValueError if runs of one size differ in the others."""
-    for run in runs:
-        if run[axis] is None:
-            raise ValueError(f"a run has no {axis}, which is the size here")
+    if any(run[axis] is None for run in runs):
+        raise ValueError(f"a run has no {axis}, which is the size here")
     groups = {}
     for run in sorted(runs, key=lambda run: run[axis]):
         groups.setdefault(run[axis], []).append(run)
@@ -615,268 +632,179 @@ def group_by_size(runs, axis, varying):
     return groups
 
 
-def powers_of(column, classes, verdict, runs_of_size):
-    """{tensor class: power of the size in its rate}, by the table; {} where there is no drift."""
-    if verdict.drift is None:
-        return {}
-    smallest = min(verdict.curves)
-    largest = max(verdict.curves)
-    doublings = math.log2(largest / smallest)
-    # The constants of a run are not the table's, and may vary within a size.
-    without_constants = dict.fromkeys(MULTS, 1.0)
-    _, small = rates_for({**runs_of_size[smallest][0], **without_constants}, column)
-    _, large = rates_for({**runs_of_size[largest][0], **without_constants}, column)
-    powers = {}
-    for tensor_class in classes:
-        if tensor_class == "rescalers" and column in plain.COLUMNS:
-            continue        # the plain GPT has none
-        if small[tensor_class] == 0:
-            continue        # the column freezes this class
-        powers[tensor_class] = math.log2(large[tensor_class] / small[tensor_class]) / doublings
-    return powers
-
-
-def judge_tables(paths, axis=None, control="ngpt"):
+def group_tables(tables):
     """
-    (axis, another of AXES, {its value: {column: Verdict}}) of sweeps over the same axis, a table
-    each. Each table has one value of the other, such as the number of steps. Raises ValueError if
-    the tables do not go together.
+    (key, {value of the key: runs}) of tables [runs, …]. The key is one of AXES in which tables
+    differ. Tables of one sweep are joined: then the key is None, and so is its value.
     """
-    verdicts_of = {}
-    axes = {}           # {table: what its size is}
-    values_of = {}      # {one of AXES: its values in each table}
-    for path in paths:
-        runs = read_runs(path)
-        axes[path], verdicts_of[path] = judge(runs, axis, control)
-        for key in AXES:
-            values_of.setdefault(key, []).append({run[key] for run in runs})
-    axis = axes[paths[0]]
-    for path in paths:
-        if axes[path] != axis:
-            raise ValueError(f"{paths[0]} is a sweep over {axis}, but {path} over {axes[path]}")
-
+    varying = set()         # within a table: what the sizes are
+    for runs in tables:
+        varying.update(key for key in AXES if len({run[key] for run in runs}) > 1)
+    everything = list({identity(run): run for runs in tables for run in runs}.values())
     differing = []
-    for key, values in values_of.items():
-        of_one = all(len(its_values) == 1 for its_values in values)
-        if of_one and len(set.union(*values)) == len(paths):
+    for key in AXES:
+        if varying and key not in varying and len({run[key] for run in everything}) > 1:
             differing.append(key)
-    if len(differing) != 1:
-        raise ValueError(f"several sweeps over {axis} are shown side by side if they differ in one "
-                         f"other of {', '.join(AXES)}, and each has one value of it")
-    other = differing[0]
-    values = [next(iter(its_values)) for its_values in values_of[other]]
-    tables = dict(sorted(zip(values, verdicts_of.values())))
-    if show.largest_common_size(tables) is None:
+    if len(differing) > 1:
+        raise ValueError(f"the tables differ in {' and '.join(differing)}; sweeps stand side by "
+                         "side if they differ in one")
+    key = differing[0] if differing else None
+    groups = {}
+    for run in sorted(everything, key=lambda run: run.get(key, 0)):
+        groups.setdefault(run.get(key), []).append(run)
+    return key, groups
+
+
+# ------------------------------------------------------------------------------------------------
+# Reports
+
+
+def report(axis, verdicts, control, carried=None):
+    """The verdicts {column: Verdict} of judge as text: a row a curve, then a row a column."""
+    curves = [("column", axis, "seeds", "log2 η*", "η*", "best loss", "regret",
+               "cost [95 % interval]", "|α|", "grid")]
+    columns = [("column", "drift [95 % interval]", f"less {control}'s [95 % interval]",
+                "same best η?")]
+    for name, verdict in verdicts.items():
+        for size, curve in verdict.curves.items():
+            curves.append((
+                name,
+                f"{size:,.0f}",
+                str(len(curve.complete)),
+                f"{curve.optimum:.2f}",
+                f"{2 ** curve.optimum:.5f}",
+                f"{curve.mean[curve.best]:.4f}",
+                regret_text(curve.regret),
+                cost_text(curve.cost),
+                "-" if math.isnan(curve.alpha) else f"{curve.alpha:.3f}",
+                curve.grid,
+            ))
+        columns.append((name, drift_text(verdict.drift), drift_text(verdict.difference),
+                        verdict.same))
+    place = "the smallest size's η*" if carried is None else f"η = 2^{carried:.4g}"
+    notes = (
+        f"drift: change of log2 η* a doubling of {axis}; the power of {axis} that would have "
+        "removed it\nis the table's plus the drift. |α|: eigen learning rates, mean at the end.\n"
+        "regret: loss at the smallest size's η*, less the best of this column.\n"
+        f"cost: loss at {place}, less the best that any column reached, chosen for each seed\n"
+        "on the others (*: on the only one). >: a lower bound, the grid ends before that η."
+    )
+    return "\n".join([show.table(curves), show.table(columns), notes])
+
+
+def report_groups(axis, key, groups):
+    """{value of the key: {column: Verdict}} as text: how drift, regret and cost depend on it."""
+    sizes = []
+    for verdicts in groups.values():
+        sizes.append({size for verdict in verdicts.values() for size in verdict.curves})
+    size = max(set.intersection(*sizes), default=None)
+    if size is None:
         raise ValueError(f"the tables have no {axis} in common")
-    return axis, other, tables
+    rows = [("column", key, "drift [95 % interval]", f"regret at {axis} {size:,.0f}",
+             f"cost at {axis} {size:,.0f}")]
+    for name in show.in_order({name for verdicts in groups.values() for name in verdicts}):
+        for value, verdicts in groups.items():
+            if name in verdicts and size in verdicts[name].curves:
+                curve = verdicts[name].curves[size]
+                rows.append((name, f"{value:,.0f}", drift_text(verdicts[name].drift),
+                             regret_text(curve.regret), cost_text(curve.cost)))
+    return show.table(rows)
 
 
-def difference(optima, control):
-    """The drift of a column less the control's, from {(size, seed): best x} of both."""
-    return drift({key: optima[key] - control[key] for key in optima if key in control})
+def drift_text(drift):
+    return "-" if drift is None else show.interval(*drift, digits=2)
 
 
-# ------------------------------------------------------------------------------------------------
-# Random searches
+def regret_text(regret):
+    if regret is None:
+        return "-"
+    number = "diverges" if regret.mean == math.inf else f"{regret.mean:.4f}"
+    return f"> {number}" if regret.bound else number
 
 
-class Setting(NamedTuple):
-    """A setting of a random search. The best sorts first."""
-    loss: float         # mean over seeds, at their common level
-    seeds: int          # how many of them did not diverge
-    values: tuple       # of the hyperparameters searched
-
-
-def searched(runs):
-    """The hyperparameters of a random search that are not at train.py's default; else []."""
-    for key in ("parametrization", *SIZES):
-        if len({run[key] for run in runs}) > 1:
-            return []
-    tried = {key: {run[key] for run in runs} for key in SEARCHED}
-    of_many_values = [key for key in SEARCHED if len(tried[key]) >= 5]
-    if len(of_many_values) < 2 or len(tried["learning_rate"]) < 2:
-        return []
-    return [key for key in SEARCHED if tried[key] != {getattr(DEFAULTS, key)}]
-
-
-def rank(runs, keys):
-    """
-    ([Setting of the hyperparameters `keys`, …] best first, a seed's scatter in nats) of a search.
-
-    The scatter is nan where fewer than two settings ran with several seeds. Raises ValueError if
-    the runs differ in anything else but dtype.
-    """
-    check_one_sweep(runs, may_differ=keys)
-    places = {}         # {values: a number for them}
-    points = {}
-    for run in runs:
-        values = tuple(run[key] for key in keys)
-        place = places.setdefault(values, len(places))
-        points[place, run["seed"]] = run
-    _, _, loss = loss_table(points)
-    loss = at_common_level(loss)
-    mean = np.nanmean(loss, axis=0)
-    seeds = np.isfinite(loss).sum(axis=0)
-    settings = []
-    for values, place in places.items():
-        settings.append(Setting(float(mean[place]), int(seeds[place]), values))
-
-    repeated = (seeds > 1) & ~np.isinf(loss).any(axis=0)
-    variances = np.nanvar(loss[:, repeated], axis=0, ddof=1)
-    freedom = len(variances) - 1        # the seeds' levels took one
-    scatter = math.sqrt(variances.sum() / freedom) if freedom > 0 else math.nan
-    return sorted(settings), scatter
-
-
-# ------------------------------------------------------------------------------------------------
-# One option at a time
-
-
-class Change(NamedTuple):
-    """What it gains to change one option of the setting that the others have."""
-    option: str
-    value: object
-    losses: dict        # {seed: loss}
-    gain: tuple         # (mean over the seeds that both have, half its 95 % interval), in nats
-
-
-def changed_alone(runs):
-    """
-    ([option, …], setting {option: value}) if all runs are of one size, and each has the setting or
-    differs from it in one option alone; else ([], setting).
-    """
-    setting = {}
-    for key in OPTIONS:
-        if key not in ("seed", "dtype"):
-            setting[key] = statistics.mode(run[key] for run in runs)
-    changed = set()
-    for run in runs:
-        differing = [key for key in setting if run[key] != setting[key]]
-        if len(differing) > 1 or set(differing) & set(SIZES):
-            return [], setting
-        changed.update(differing)
-    if changed <= {"learning_rate", "parametrization"}:
-        return [], setting          # that is a sweep
-    return [key for key in setting if key in changed], setting
-
-
-def gains(runs, options, setting):
-    """(losses {seed: loss} of the setting, [Change, …]). Raises ValueError if runs differ in the
-    text, or if nothing ran with the setting itself."""
-    check_one_sweep(runs, may_differ=options)
-    losses = {}         # {(option, value), or None for the setting: {seed: loss}}
-    for run in runs:
-        change = None
-        for option in options:
-            if run[option] != setting[option]:
-                change = (option, run[option])
-        losses.setdefault(change, {})[run["seed"]] = run["val_loss"]
-    if None not in losses:
-        raise ValueError("no run has the setting from which all others differ in one option")
-
-    unchanged = losses.pop(None)
-    changes = []
-    for (option, value), of_seeds in losses.items():
-        shared = [seed for seed in of_seeds if seed in unchanged]
-        gain = np.array([unchanged[seed] - of_seeds[seed] for seed in shared])
-        half = math.nan
-        if len(gain) > 1 and np.isfinite(gain).all():
-            half = student(len(gain) - 1) * gain.std(ddof=1) / math.sqrt(len(gain))
-        mean = gain.mean() if len(gain) else math.nan
-        changes.append(Change(option, value, of_seeds, (float(mean), half)))
-    return unchanged, sorted(changes, key=lambda one: (options.index(one.option), one.value))
+def cost_text(cost):
+    if cost is None:
+        return "not run"
+    if cost.mean == math.inf:
+        return "diverges"
+    text = show.interval(cost.mean, cost.half)
+    if math.isnan(cost.half):
+        text += "*"
+    return f"> {text}" if cost.bound else text
 
 
 # ------------------------------------------------------------------------------------------------
 # Command line
 
 
+def eta(text):
+    """log2 of an η such as 0.02 or 2^-5.5. Raises ValueError."""
+    return math.log2(train.parse_value("learning_rate", text))
+
+
 def parse_args():
     parser = show.ArgumentParser("verdict.py", __doc__)
-    parser.add_argument("results", nargs="+", metavar="RESULTS.csv", type=expanduser,
-                        help="one table; or several, which differ in steps, say")
+    parser.add_argument("tables", nargs="+", metavar="TABLE.csv", type=expanduser,
+                        help="tables of one sweep, which are joined; or of several, which differ "
+                             "in steps, say")
     parser.add_argument("--plot", metavar="FILE.png", type=expanduser, help="draw a picture, too")
     parser.add_argument("--columns", metavar="NAME,NAME", help="show only these")
     parser.add_argument("--control", default="ngpt", choices=COLUMNS,
                         help="what the others are compared to (default: ngpt)")
     parser.add_argument("--axis", choices=[*AXES, "parameters"],
                         help="what the size is (default: what differs between runs)")
+    parser.add_argument("--carried", metavar="ETA", type=eta,
+                        help="the η whose cost is wanted, such as 2^-5.5 (default: each column's "
+                             "best at its smallest size)")
     return parser.parse_args()
 
 
 def choose(verdicts, names):
     """The verdicts of "name,name", in this order. Raises ValueError for one that is not there."""
-    chosen = {}
+    if names is None:
+        return verdicts
     for name in names.split(","):
         if name not in verdicts:
             raise ValueError(f"there are runs of {', '.join(verdicts)}, but not of {name}")
-        chosen[name] = verdicts[name]
-    return chosen
-
-
-def read_runs(path):
-    """The runs of a results table, as read_results has them. Raises ValueError if it has none."""
-    runs = read_results(path)
-    if not runs:
-        raise ValueError(f"{path} has no rows")
-    return runs
-
-
-def print_verdicts(args):
-    """Print how drift and regret differ between tables, and draw it if asked. Raises ValueError and
-    OSError."""
-    axis, other, tables = judge_tables(args.results, args.axis, args.control)
-    if args.columns:
-        of_any = {name: None for verdicts in tables.values() for name in verdicts}
-        wanted = choose(of_any, args.columns)
-        for value, verdicts in tables.items():
-            tables[value] = {name: verdicts[name] for name in wanted if name in verdicts}
-    print(show.report_tables(axis, other, tables))
-    if args.plot:
-        show.draw_tables(axis, other, tables, args.plot)
+    return {name: verdicts[name] for name in names.split(",")}
 
 
 def print_verdict(args):
-    """Print the verdict on one table, and draw it if asked. Raises ValueError and OSError."""
-    runs = read_runs(args.results[0])
-    dtypes = sorted({run["dtype"] for run in runs})
+    """Print the verdict on the tables, and draw it if asked. Raises ValueError and OSError."""
+    tables, notes = read_results(*args.tables)
+    for path, runs in zip(args.tables, tables):
+        if not runs:
+            raise ValueError(f"{path} has no rows")
+    key, groups = group_tables(tables)
+    dtypes = sorted({run["dtype"] for runs in groups.values() for run in runs})
     if len(dtypes) > 1:
-        print(f"Runs of dtype {' and '.join(dtypes)} stand side by side. "
-              "They differ in rounding.\n")
+        notes.append(f"Runs of dtype {' and '.join(dtypes)} stand side by side. They differ in "
+                     "rounding.")
+    for note in notes:
+        print(note)
 
-    options, setting = changed_alone(runs)
-    keys = searched(runs)
-    if (options or keys) and (args.axis or args.columns):
-        raise ValueError("--axis and --columns are for a sweep over sizes")
-    if options:
-        unchanged, changes = gains(runs, options, setting)
-        print(show.report_changes(unchanged, changes, setting))
+    verdicts = {}
+    axes = set()
+    for value, runs in groups.items():
+        axis, of_group = judge(runs, args.axis, args.control, args.carried)
+        axes.add(axis)
+        verdicts[value] = choose(of_group, args.columns)
+    if len(axes) > 1:
+        raise ValueError(f"the tables are sweeps over {' and '.join(sorted(axes))}")
+    if key:
+        print(report_groups(axis, key, verdicts))
         if args.plot:
-            show.draw_changes(unchanged, changes, setting, args.plot)
+            raise ValueError("a picture is of one sweep: give its tables alone")
         return
-
-    if keys:
-        ranked, scatter = rank(runs, keys)
-        print(show.report_search(ranked, scatter, keys))
-        if args.plot:
-            show.draw_search(ranked, keys, args.plot)
-        return
-
-    axis, verdicts = judge(runs, args.axis, args.control)
-    if args.columns:
-        verdicts = choose(verdicts, args.columns)
-    print(show.report(axis, verdicts, args.control))
+    print(report(axis, verdicts[None], args.control, args.carried))
     if args.plot:
-        show.draw(axis, verdicts, args.plot)
+        show.draw(axis, verdicts[None], args.plot)
 
 
 def main():
     args = parse_args()
     try:
-        if len(args.results) > 1:
-            print_verdicts(args)
-        else:
-            print_verdict(args)
+        print_verdict(args)
     except (ValueError, OSError) as error:
         sys.exit(f"verdict.py: {error}")
 
