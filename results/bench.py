@@ -46,7 +46,7 @@ def make_contestant(name, build, config, tokens, device, autocast):
     """The Contestant of a model. Raises ValueError for impossible sizes."""
     memory_before = torch.cuda.memory_allocated()       # 0 without a GPU
     model, optimizer = build(config, device)
-    compiled_model, normalize_weights = train.maybe_compile(model, config)
+    compiled_model = torch.compile(model) if config.compile else model
 
     def forward_backward():
         optimizer.zero_grad(set_to_none=True)
@@ -56,7 +56,7 @@ def make_contestant(name, build, config, tokens, device, autocast):
 
     def update():
         optimizer.step()
-        normalize_weights()
+        model.normalize_weights()
 
     memory = ""
     if device.type == "cuda":

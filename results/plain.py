@@ -9,7 +9,7 @@ It has pre-norm, RoPE and SwiGLU, and no biases. results/sweep.py knows its colu
 """
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,26 +18,23 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
-from model import GPT
-from model import GPTConfig
-from model import norm
-from model import rope
+from model import GPT, GPTConfig, norm, rope
 from parametrize import parametrize as evaluate_table
 from parametrize import read_table
 
 # The standard parametrization, and μP for Adam (arXiv:2203.03466), in the form without an output
 # multiplier: the unembedding's standard deviation and rate fall with the width instead.
 # d, m_w and c = (base_width)^-1/2 are as in parametrize.py.
-TABLE = """
-                | gpt_sp | gpt_mup    | what it sets
-lr_all          | 1      | 1          | multiplies η for every tensor
-lr_embedding    | 1      | 1          | ... once more for the embedding
-lr_hidden       | 1      | m_w^-1     | ... once more for the blocks' matrices
-lr_unembedding  | 1      | m_w^-1     | ... once more for the unembedding
-hidden_std      | d^-1/2 | d^-1/2     | initial standard deviation of the blocks' matrices
-unembedding_std | d^-1/2 | c · m_w^-1 | initial standard deviation of the unembedding
-"""
-COLUMNS = read_table(TABLE)
+TABLE = {
+    # row               gpt_sp     gpt_mup            what it sets
+    "lr_all":          ["1",      "1"],             # multiplies η for every tensor
+    "lr_embedding":    ["1",      "1"],             # and this for the embedding
+    "lr_hidden":       ["1",      "m_w^-1"],        # the blocks' matrices
+    "lr_unembedding":  ["1",      "m_w^-1"],        # the unembedding
+    "hidden_std":      ["d^-1/2", "d^-1/2"],        # initial standard deviation: blocks' matrices
+    "unembedding_std": ["d^-1/2", "c · m_w^-1"],    # and the unembedding's
+}
+COLUMNS = read_table(TABLE, ["gpt_sp", "gpt_mup"])
 
 
 @dataclass
@@ -49,8 +46,6 @@ class Config(train.Config):
 class PlainGPTConfig(GPTConfig):
     mlp_ratio: float = 8 / 3            # its own: a fork of model.py leaves the opponent alone
     embedding_std: float = 1.0
-    hidden_std: float = 0.02            # these two are the table's: see build
-    unembedding_std: float = 0.02
 
 
 def rms_norm(x):
@@ -65,7 +60,7 @@ class PlainBlock(nn.Module):
         super().__init__()
         d = config.width
         m = config.mlp_width
-        self.config = config
+        self.head_dim = config.head_dim
         self.W_q = nn.Parameter(torch.empty(d, d))
         self.W_k = nn.Parameter(torch.empty(d, d))
         self.W_v = nn.Parameter(torch.empty(d, d))
@@ -76,9 +71,10 @@ class PlainBlock(nn.Module):
 
     def attention(self, h, cos_sin):
         B, T, d = h.shape
-        D = self.config.head_dim
-        qkv = F.linear(h, torch.cat((self.W_q, self.W_k, self.W_v)))
-        q, k, v = qkv.view(B, T, 3, d // D, D).permute(2, 0, 3, 1, 4)
+        heads = (B, T, d // self.head_dim, self.head_dim)
+        q = F.linear(h, self.W_q).view(heads).transpose(1, 2)       # (B, H, T, D)
+        k = F.linear(h, self.W_k).view(heads).transpose(1, 2)
+        v = F.linear(h, self.W_v).view(heads).transpose(1, 2)
         q = rope(q, cos_sin).to(v.dtype)
         k = rope(k, cos_sin).to(v.dtype)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)     # softmax scale 1/√D
@@ -101,16 +97,20 @@ class PlainGPT(GPT):
 
     block = PlainBlock
 
+    def __init__(self, config):
+        # model.GPT has a rescaler of the logits, which this model drops
+        super().__init__(replace(config, settings={**config.settings, "s_z_init": 1, "s_z_scale": 1}))
+
     def draw_weights(self):
-        config = self.config
+        hidden_std = self.config.settings["hidden_std"]
         self.s_z = None         # its logits are not rescaled
-        self.embedding.normal_(std=config.embedding_std)
-        self.unembedding.normal_(std=config.unembedding_std)
+        self.embedding.normal_(std=self.config.embedding_std)
+        self.unembedding.normal_(std=self.config.settings["unembedding_std"])
         # outputs are smaller, as 2 · depth of them are added up (GPT-2, section 2.3)
-        output_std = config.hidden_std * (2 * config.depth) ** -0.5
+        output_std = hidden_std * (2 * self.config.depth) ** -0.5
         for block in self.blocks:
             for weight in (block.W_q, block.W_k, block.W_v, block.W_u, block.W_nu):
-                weight.normal_(std=config.hidden_std)
+                weight.normal_(std=hidden_std)
             for weight in (block.W_O, block.W_oMLP):
                 weight.normal_(std=output_std)
 
@@ -131,7 +131,7 @@ def build(config, device):
     settings, lr_factors = train.apply_table(config, COLUMNS)
     torch.manual_seed(config.seed)
     with device:
-        model = PlainGPT(train.model_config(config, PlainGPTConfig, **settings))
+        model = PlainGPT(train.model_config(config, settings, PlainGPTConfig))
     return model, train.make_optimizer(model, lr_factors, config)
 
 

@@ -45,7 +45,6 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import compare
 import plain
-import show
 import train
 import verdict
 from parametrize import COLUMNS
@@ -169,7 +168,7 @@ def make_config(options, base, is_base):
             setattr(config, f"base_{name}", getattr(config, name))
     # three checks, which raise
     train.check(config)
-    train.model_config(config)
+    train.model_config(config, {})
     train.apply_table(config, plain.COLUMNS if is_plain else COLUMNS)
     meta = read_meta(config.data, config.seq_len)
     config.dtype = train.pick_dtype(config, train.pick_device(config))
@@ -208,8 +207,8 @@ def flops(config):
 
 def shape(config):
     """What torch.compile compiles for: all sizes of the model, a fork's among them, and the batch."""
-    sizes = asdict(train.model_config(config)).values()
-    return (config.parametrization in plain.COLUMNS, *sizes, config.batch_size,
+    sizes = str(train.model_config(config, {}))
+    return (config.parametrization in plain.COLUMNS, sizes, config.batch_size,
             config.micro_batch_size, config.dtype)
 
 
