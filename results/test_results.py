@@ -1006,7 +1006,7 @@ BAD_MEASUREMENTS = [
     ("is there twice", [*MAPS, MAPS[0]]),
     ("needs two widths of ngpt", [row for row in MAPS if row["width"] == 48]),
     ("have only [0]", [row for row in MAPS if row["step"] == 0]),
-    ("has no logits at step 10", MAPS[:-1]),
+    ("other linear maps", MAPS[:-1]),
     ("line 2 is not as", [{**MAPS[0], "d_in": "wide"}]),
 ]
 
