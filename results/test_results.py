@@ -1043,7 +1043,8 @@ def test_runs_are_listed_with_where_they_stand(first, tmp_path, say):
 def test_runs_are_drawn_whatever_their_folders_are_called(first, tmp_path, say, name):
     (tmp_path / name).mkdir()
     (tmp_path / name / "log.csv").write_bytes((first / "log.csv").read_bytes())
-    say(f"results/show.py {shlex.join([str(tmp_path / name)])} --plot={tmp_path}/a.png")
+    folder = shlex.quote(str(tmp_path / name))
+    assert "finished" in say(f"results/show.py {folder} --plot={tmp_path}/a.png")
 
 
 def test_a_folder_without_a_run_gets_one_sentence(tmp_path, say):
@@ -1058,7 +1059,7 @@ def test_a_notebooks_settings_do_not_touch_a_picture(table, tmp_path, say, monke
     matplotlib = pytest.importorskip("matplotlib")
     monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
     monkeypatch.setitem(matplotlib.rcParams, "figure.facecolor", "black")
-    say(f"results/verdict.py {table} --plot={tmp_path}/new/a.png")
+    assert "wide enough" in say(f"results/verdict.py {table} --plot={tmp_path}/new/a.png")
     assert os.environ["MPLBACKEND"] == "agg"
     assert matplotlib.rcParams["figure.facecolor"] == "white"
 
