@@ -61,7 +61,10 @@ class LinearMaps(TorchFunctionMode):
         super().__init__()
         self.found = {}
         self.matrices = dict(model.named_parameters())
-        self.names = {matrix: [name] for name, matrix in self.matrices.items() if matrix.dim() == 2}
+        self.names = {}         # {matrix: names of the weights that are stacked in it}
+        for name, matrix in self.matrices.items():
+            if matrix.dim() == 2:
+                self.names[matrix] = [name]
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
@@ -251,33 +254,15 @@ def make_runs(configs, every, path):
 # ------------------------------------------------------------------------------------------------
 # Measurements of several runs
 
-EXPONENTS = ["hidden α", "hidden ω", "hidden ν",
-             "unembedding α", "unembedding ω", "unembedding ν"]
-CHANGES = ["|ΔW| / |W|", "|Δh|", "RMS of Δz"]
-
-
-class Summary(NamedTuple):
-    """
-    What the runs of a column say: W widths, and S steps without step 0.
-
-    Slopes are over log width, of log [RMS(W x) / (RMS(W) RMS(x))]: so they are free of constants.
-    The last of their S + 1 "steps" is the mean over training, weighted by the fall of the loss.
-    """
-    widths: list
-    steps: list
-    slopes: np.ndarray      # (seeds, S + 1, 6): of EXPONENTS
-    changes: np.ndarray     # (W, S, 3): of CHANGES, means over seeds
-    powers: np.ndarray      # (S, 3): powers of the width in these changes
-
 
 def read_measurements(paths):
     """
-    {(column, width, seed, step, map): [numbers as in NUMBERS]} of .csv files.
+    {(column, width, seed): {step: {(layer, map): {one of NUMBERS: number}}}} of .csv files.
 
     A file may be several put one behind the other, each with its head. Raises OSError, and
     ValueError for a cell that is no number and for a run that is there twice.
     """
-    values = {}
+    runs = {}
     kinds = set()
     for path in paths:
         header, rows = show.read_rows(path)
@@ -287,59 +272,67 @@ def read_measurements(paths):
         for line, row in rows:
             if row["step"] == "step":
                 continue
-            in_block = row["layer"] != row["depth"]
-            map_ = f"blocks.{row['layer']}.{row['map']}" if in_block else row["map"]
             try:
-                width, seed, step = [int(row[name]) for name in ("width", "seed", "step")]
-                numbers = [float(row[name] or "nan") for name in NUMBERS]
+                run = (row["parametrization"], int(row["width"]), int(row["seed"]))
+                step = int(row["step"])
+                numbers = {name: float(row[name] or "nan") for name in NUMBERS}
             except ValueError as error:
                 raise ValueError(f"{path}, line {line} is not as results/alignment.py writes it "
                                  f"({error})") from None
-            key = (row["parametrization"], width, seed, step, map_)
+            maps = runs.setdefault(run, {}).setdefault(step, {})
+            place = (row["layer"], row["map"])
             kinds.add((row["depth"], row["steps"]))
-            if key in values or len(kinds) > 1:
-                raise ValueError(f"{path}, line {line}: width {width}, seed {seed} is there "
+            if place in maps or len(kinds) > 1:
+                raise ValueError(f"{path}, line {line}: width {run[1]}, seed {run[2]} is there "
                                  "twice, or with another depth or length")
-            values[key] = numbers
-    return values
+            maps[place] = numbers
+    return runs
 
 
-def summarize_columns(values):
+def numbers_of_step(maps, width):
     """
-    {column: Summary} of read_measurements' values.
+    Nine numbers of the maps {(layer, map): numbers} at one step: those of EXPONENTS, then of CHANGES.
 
-    It has the steps that all runs have, and the seeds that all widths of a column have. Raises
-    ValueError if there are none.
+    An exponent is here log [RMS(W x) / (RMS(W) RMS(x))], whose slope over log width is free of
+    constants. Weights and hidden states are unit vectors, whose RMS is width^-1/2.
     """
-    steps_of = {}       # {(column, width, seed): its steps}
-    for column, width, seed, step, _ in values:
-        steps_of.setdefault((column, width, seed), set()).add(step)
-    steps = sorted(set.intersection(*steps_of.values())) if steps_of else []
-    if len(steps) < 2 or steps[0] != 0:
-        raise ValueError("the runs must have step 0 and a later one in common, "
-                         f"but have only {steps}")
-    columns = {}
-    for column in show.in_order(name for name, _, _ in steps_of):
-        seeds_of = {}
-        for name, width, seed in sorted(steps_of):
-            if name == column:
-                seeds_of.setdefault(width, set()).add(seed)
-        seeds = sorted(set.intersection(*seeds_of.values()))
-        if len(seeds_of) < 2 or not seeds:
-            raise ValueError(f"a slope over widths needs two widths of {column} with a seed in "
-                             "common")
-        maps = [key[-1] for key in values if key[:4] == (column, min(seeds_of), seeds[0], 0)]
-        keys = itertools.product([column], seeds_of, seeds, steps, maps)
-        try:
-            numbers = np.array([values[key] for key in keys])
-        except KeyError as error:
-            column, width, seed, step, map_ = error.args[0]
-            raise ValueError(f"{column}, width {width}, seed {seed} has no {map_} at step {step}"
-                             ) from None
-        shape = (len(seeds_of), len(seeds), len(steps), len(maps), len(NUMBERS))
-        numbers = dict(zip(NUMBERS, np.moveaxis(numbers.reshape(shape), -1, 0)))
-        columns[column] = summarize(numbers, maps, list(seeds_of), steps[1:])
-    return columns
+    hidden = [one for (_, map_), one in maps.items() if map_ in TENSOR_CLASSES["hidden"]]
+    output = [one for (_, map_), one in maps.items() if map_ == "E_out"]
+    logits = [one for (_, map_), one in maps.items() if map_ == "logits"]
+    found = []
+    for of_class in (hidden, output):
+        for name in ("alpha", "omega", "nu"):
+            logs = [one[name] * math.log(one["d_in"]) for one in of_class]
+            found.append(np.mean(logs))
+    found.append(math.sqrt(width) * np.mean([one["rms_dW"] for one in hidden]))
+    found.append(math.sqrt(width) * output[0]["rms_dx"])
+    found.append(logits[0]["rms_dy"])
+    return found
+
+
+def numbers_of_run(run, width, steps):
+    """
+    (S + 1, 9): numbers_of_step of a run {step: maps} after each of the steps.
+
+    The last row is the mean over training, weighted by how much the loss fell since the measurement
+    before; where it rose, the weight is negative.
+    """
+    loss = []
+    for step in [0, *steps]:
+        first_map, *_ = run[step].values()
+        loss.append(first_map["loss"])
+    weights = -np.diff(loss)
+    found = np.array([numbers_of_step(run[step], width) for step in steps])
+    return np.vstack((found, weights @ found / weights.sum()))
+
+
+class Summary(NamedTuple):
+    """What the runs of a column say: W widths, and S steps without step 0."""
+    widths: list
+    steps: list
+    slopes: np.ndarray      # (seeds, S + 1, 6): of EXPONENTS, as in numbers_of_run
+    changes: np.ndarray     # (W, S, 3): of CHANGES, means over seeds
+    powers: np.ndarray      # (S, 3): powers of the width in these changes
 
 
 def slope(widths, values):
@@ -348,36 +341,48 @@ def slope(widths, values):
     return np.tensordot(x, values, (0, 0)) / (x @ x)
 
 
-def summarize(numbers, maps, widths, steps):
-    """The Summary of {one of NUMBERS: array (W, seeds, S + 1, maps)}, whose first step is 0."""
-    later = {name: values[:, :, 1:] for name, values in numbers.items()}
-    # a linear map, such as blocks.0.W_q, is of the tensor class hidden, or the unembedding
-    hidden = [map_.split(".")[-1] in TENSOR_CLASSES["hidden"] for map_ in maps]
-    output = [map_ == "E_out" for map_ in maps]
-    logits = [map_ == "logits" for map_ in maps]
+def summarize(runs):
+    """
+    {column: Summary} of read_measurements' runs.
 
-    logs = []
-    for of_class in (hidden, output):
-        for name in ("alpha", "omega", "nu"):
-            of_maps = later[name][..., of_class] * np.log(later["d_in"][..., of_class])
-            logs.append(of_maps.mean(axis=3))
-    logs = np.stack(logs, axis=-1)                                  # (W, seeds, S, 6)
-    # where the loss rose, the weight is negative
-    decrease = -np.diff(numbers["loss"][..., 0])[..., None]         # (W, seeds, S, 1)
-    weighted = (decrease * logs).sum(axis=2) / decrease.sum(axis=2)
-    logs = np.concatenate((logs, weighted[:, :, None]), axis=2)     # (W, seeds, S + 1, 6)
-
-    # Weights and hidden states are unit vectors, whose RMS is width^-1/2.
-    root = np.sqrt(widths)[:, None]
-    dW = later["rms_dW"][..., hidden].mean(axis=(1, 3))             # (W, S)
-    dh = later["rms_dx"][..., output].mean(axis=(1, 3))
-    dz = later["rms_dy"][..., logits].mean(axis=(1, 3))
-    changes = np.stack((root * dW, root * dh, dz), axis=-1)
-    return Summary(widths, steps, slope(widths, logs), changes, slope(widths, np.log(changes)))
+    It has the steps that all runs have, and the seeds that all widths of a column have. Raises
+    ValueError if there are none.
+    """
+    steps = sorted(set.intersection(*map(set, runs.values()))) if runs else []
+    if len(steps) < 2 or steps[0] != 0:
+        raise ValueError("the runs must have step 0 and a later one in common, "
+                         f"but have only {steps}")
+    kinds = {frozenset(run[step]) for run in runs.values() for step in steps}
+    if len(kinds) > 1:
+        raise ValueError("some measurements have other linear maps than the rest")
+    summaries = {}
+    for column in show.in_order(name for name, _, _ in runs):
+        widths = sorted({width for name, width, _ in runs if name == column})
+        seeds = []
+        for seed in sorted({seed for _, _, seed in runs}):
+            if all((column, width, seed) in runs for width in widths):
+                seeds.append(seed)
+        if len(widths) < 2 or not seeds:
+            raise ValueError(f"a slope over widths needs two widths of {column} with a seed in "
+                             "common")
+        found = []
+        for width in widths:
+            of_width = [runs[column, width, seed] for seed in seeds]
+            found.append([numbers_of_run(run, width, steps[1:]) for run in of_width])
+        found = np.array(found)                         # (W, seeds, S + 1, 9)
+        slopes = slope(widths, found[..., :6])
+        changes = found[:, :, :-1, 6:].mean(axis=1)
+        powers = slope(widths, np.log(changes))
+        summaries[column] = Summary(widths, steps[1:], slopes, changes, powers)
+    return summaries
 
 
 # ------------------------------------------------------------------------------------------------
 # Report
+
+EXPONENTS = ["hidden α", "hidden ω", "hidden ν",
+             "unembedding α", "unembedding ω", "unembedding ν"]
+CHANGES = ["|ΔW| / |W|", "|Δh|", "RMS of Δz"]
 
 
 def decades(steps):
@@ -402,7 +407,8 @@ def report(columns):
             slopes.append((name, str(step), *cells))
         # The coordinate check counts on weights and hidden states that are unit vectors.
         for i, step in shown if name not in plain.COLUMNS else []:
-            powers.append((name, str(step), *(f"{power:+.2f}" for power in summary.powers[i])))
+            cells = [f"{power:+.2f}" for power in summary.powers[i]]
+            powers.append((name, str(step), *cells))
     notes = (
         "1/2: not aligned, 1: fully. α: weight changes with initial inputs, ω: initial weights\n"
         "with input changes, ν: both changes. h: the last hidden state, z: the logits."
@@ -445,7 +451,7 @@ def main():
                 parser.error("--dry and --finalists are for results/sweep.py")
             args.sources = [expanduser(own.results)]
             make_runs(sweep.make_runs(groups, base, own), args.every, *args.sources)
-        columns = summarize_columns(read_measurements(args.sources))
+        columns = summarize(read_measurements(args.sources))
         print(report(columns))
         if args.plot:
             draw(columns, args.plot)

@@ -211,14 +211,12 @@ def loss_limits(verdicts):
     near = []
     for verdict in verdicts.values():
         for curve in verdict.curves.values():
-            window = slice(max(curve.best - 3, 0), curve.best + 4)
-            near.extend(curve.loss[:, window].ravel())
-    near = np.array(near)
-    near = near[np.isfinite(near)]
-    if len(near) == 0:
+            losses = curve.loss[:, max(curve.best - 3, 0) : curve.best + 4]
+            near.extend(losses[np.isfinite(losses)])
+    if not near:
         return None, None
     margin = 0.05 * np.ptp(near) + 1e-3
-    return near.min() - margin, near.max() + margin
+    return min(near) - margin, max(near) + margin
 
 
 # ------------------------------------------------------------------------------------------------

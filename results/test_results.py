@@ -205,21 +205,18 @@ def test_the_axis_is_what_differs():
     assert verdicts["nugpt"].drift == pytest.approx((0.4, 0), abs=1e-6)
 
 
-@pytest.mark.parametrize("seeds, draws, longest", [(3, 300, 3.2), (1, 200, 20)])
-def test_intervals_cover_at_their_nominal_rate(seeds, draws, longest):
+def test_intervals_cover_at_their_nominal_rate(draws=300):
     """With noise of runs, and of whole curves, which would fool an interval that goes by runs."""
-    slopes = []
-    halves = []
+    drifts = []
     for draw in range(1000, 1000 + draws):
-        rows = sweep({"ngpt": -0.1}, seeds=range(seeds), noise=0.003, jitter=0.15, draw=draw)
-        slope, half = judge(rows)["ngpt"].drift
-        slopes.append(slope)
-        halves.append(half)
-    covered = np.mean(np.abs(np.array(slopes) + 0.1) <= halves)
+        rows = sweep({"ngpt": -0.1}, noise=0.003, jitter=0.15, draw=draw)
+        drifts.append(judge(rows)["ngpt"].drift)
+    slopes, halves = np.array(drifts).T
+    covered = np.mean(np.abs(slopes + 0.1) <= halves)
     assert 0.91 <= covered <= 0.99      # with 1.96 in place of Student's 2.57 it would be 0.88
     scatter = np.std(slopes)
     assert np.mean(slopes) == pytest.approx(-0.1, abs=3 * scatter / draws ** 0.5)
-    assert np.median(halves) < longest * scatter
+    assert np.median(halves) < 3.2 * scatter
 
 
 def test_what_a_seed_has_in_common_at_all_sizes_cancels():
@@ -285,14 +282,6 @@ def test_without_the_smallest_sizes_best_there_is_no_regret():
     assert curve.cost is None
 
 
-def test_a_size_with_two_rates_has_no_regret():
-    rows = [row for row in sweep({"ngpt": 0.0})
-            if row["width"] < 192 or row["learning_rate"] in (2 ** -6, 2 ** -6.5)]
-    curves = judge(rows)["ngpt"].curves
-    assert curves[192].regret is None
-    assert curves[96].regret.mean == pytest.approx(0, abs=1e-6)
-
-
 def test_beyond_a_grid_the_regret_is_a_lower_bound():
     rows = sweep({"ngpt": -1.0}, sizes=(48, 96, 192, 384), best=-5)
     # The bests are at -5, -6, -7 and -8. The widest's grid ends at -7.
@@ -332,11 +321,9 @@ def test_where_nothing_survives_lower_rates_are_asked_for():
 
 
 def test_a_point_diverged_if_one_seed_did():
-    rows = diverging(sweep({"ngpt": 0.0}), lambda row: (
-        row["seed"] == 1 and row["learning_rate"] == 2 ** -5))
+    rows = diverging(sweep({"ngpt": 0.0}), lambda row: hotter_than(-5.25)(row) and row["seed"] == 1)
     curve = judge(rows)["ngpt"].curves[96]
-    assert curve.radius == 1
-    assert np.isinf(curve.mean).sum() == 1
+    assert np.isinf(curve.mean).sum() == 3
 
 
 # ------------------------------------------------------------------------------------------------
@@ -488,14 +475,11 @@ DAMAGED = [
     ("line 1: column 'Width'", lambda text: text.replace("width,", "Width,", 1)),
     ("line 1: there is no column 'seed'", lambda text: text.replace(",seed", ",step", 1)),
     ("line 1: there is one column", lambda text: text.replace(",", ";").replace(".", ",")),
-    ("line 1: there are two columns 'depth'", lambda text: text.replace("width,", "depth,", 1)),
     ("line 151 has", lambda text: text[:-40]),
     ("line 2, column learning_rate: '0,0221'", with_cell("learning_rate", '"0,0221"')),
     ("line 2, column seed: '1.5'", with_cell("seed", "1.5")),
     ("line 2, column steps: '1 000'", with_cell("steps", "1 000")),
     ("line 2, column width: must be more than 0", with_cell("width", "0")),
-    ("line 2, column width: '1e999'", with_cell("width", "1e999")),
-    ("line 2, column beta1: 'nan'", with_cell("beta1", "nan")),
     ("line 2, column embedding_lr_mult: '-1'", with_cell("embedding_lr_mult", "-1")),
     ("line 2, column val_loss: a finished run", with_cell("val_loss", "")),
     ("line 2, column status: must be", with_cell("status", "done")),
@@ -650,12 +634,12 @@ def test_tables_that_do_not_go_together_are_refused(tmp_path, say, words, other)
 # ------------------------------------------------------------------------------------------------
 # Comparisons
 
-LEAD_RUNS = [       # parametrization, learning_rate, seed, val_loss
-    ("nugpt", "0.01", "0", "1.0"), ("nugpt", "0.01", "1", "2.0"), ("nugpt", "0.01", "2", "3.0"),
-    ("nugpt", "0.02", "0", "0.1"), ("nugpt", "0.02", "1", "0.1"), ("nugpt", "0.02", "2", ""),
-    ("ngpt", "0.03", "0", "1.1"), ("ngpt", "0.03", "1", "2.2"), ("ngpt", "0.03", "2", "3.3"),
-    ("ngpt", "0.04", "0", "2.0"), ("ngpt", "0.04", "1", "3.0"), ("ngpt", "0.04", "2", "4.0"),
-    ("ngpt", "0.05", "0", "0.1"), ("ngpt", "0.05", "1", "0.1"),
+LEAD_RUNS = [       # parametrization, learning_rate, losses of seeds 0, 1, 2
+    ("nugpt", "0.01", "1.0 2.0 3.0"),
+    ("nugpt", "0.02", "0.1 0.1 nan"),
+    ("ngpt", "0.03", "1.1 2.2 3.3"),
+    ("ngpt", "0.04", "2.0 3.0 4.0"),
+    ("ngpt", "0.05", "0.1 0.1"),
 ]
 
 
@@ -663,12 +647,13 @@ LEAD_RUNS = [       # parametrization, learning_rate, seed, val_loss
 def leads(tmp_path, say):
     """A function: what compare.py says of two columns in a table of LEAD_RUNS and more runs."""
 
-    def run(first, second, more=()):
+    def run(first, second, *more):
         lines = ["width,warmup_steps,parametrization,learning_rate,seed,val_loss"]
-        for warmup, cells in [*((0, cells) for cells in LEAD_RUNS), *more]:
-            lines.append(",".join(["48", str(warmup), *cells]))
+        for name, rate, losses in LEAD_RUNS:
+            for seed, loss in enumerate(losses.split()):
+                lines.append(f"48,0,{name},{rate},{seed},{loss}")
         table = tmp_path / "a.csv"
-        table.write_text("\n".join(lines) + "\n")
+        table.write_text("\n".join([*lines, *more]))
         return say(f"results/compare.py lead {table} {first} {second} width=48")
 
     return run
@@ -687,43 +672,41 @@ def test_a_lead_may_be_asked_for_at_one_rate(leads):
 
 
 def test_a_rate_may_be_written_with_more_digits(leads):
-    more = [(0, ("mup", "0.0110485", "0", "1")), (0, ("mup", "0.01104854", "1", "1")),
-            (0, ("mup", "0.011048543456039806", "2", "1"))]
-    assert "mup with η = 0.0110485 less" in leads("mup", "ngpt", more)
+    more = ["48,0,mup,0.0110485,0,1", "48,0,mup,0.01104854,1,1",
+            "48,0,mup,0.011048543456039806,2,1"]
+    assert "mup with η = 0.0110485 less" in leads("mup", "ngpt", *more)
 
 
-TWO_RATES = [(0, ("nugpt", "0.013", str(seed), "1")) for seed in range(3)]
 NO_LEADS = [
     ("mup has no learning rate that three seeds finished", "mup", []),
     ("nugpt:0.02 has no learning rate that three seeds finished", "nugpt:0.02", []),
-    ("two runs of seed 0 with learning rate 0.01", "nugpt", [(0, ("nugpt", "0.01", "0", "5"))]),
-    ("nugpt differ in warmup_steps, too", "nugpt", [(9, ("nugpt", "0.08", "0", "5.0"))]),
-    ("nugpt:0.0 may be any of 0.01, 0.013", "nugpt:0.0", TWO_RATES),
+    ("two runs of seed 0 with learning rate 0.01", "nugpt", ["48,0,nugpt,0.01,0,5"]),
+    ("nugpt differ in warmup_steps, too", "nugpt", ["48,9,nugpt,0.08,0,5"]),
+    ("nugpt:0.0 may be any of 0.01, 0.013", "nugpt:0.0",
+     [f"48,0,nugpt,0.013,{seed},1" for seed in range(3)]),
 ]
 
 
 @pytest.mark.parametrize("sentence, first, more", NO_LEADS)
 def test_a_lead_that_compares_unlike_runs_is_refused(leads, sentence, first, more):
-    assert sentence in leads(first, "ngpt", more)
+    assert sentence in leads(first, "ngpt", *more)
 
 
-def search(seeds=(0,)):
+def search():
     """
-    Rows of a random search of 40 settings, of which six have all seeds.
+    Rows of a random search of 40 settings.
 
     The loss is 2 + 0.1 · (distance in log2 from η = 2^-6 and α₀ = 0.4, the end of its range)².
     """
     settings = np.random.default_rng(1).uniform((-8, -6), (-4, -1.3), (40, 2))
     rows = []
-    for i, (x, a) in enumerate(settings.tolist()):
-        for seed in seeds if i < 6 else seeds[:1]:
-            rows.append({
-                **RUN,
-                "learning_rate": float(f"{2 ** x:.4g}"),
-                "alpha_init": float(f"{2 ** a:.4g}"),
-                "seed": seed,
-                "val_loss": 2 + 0.1 * ((x + 6) ** 2 + (a + 1.3) ** 2) + 0.05 * seed,
-            })
+    for x, a in settings.tolist():
+        rows.append({
+            **RUN,
+            "learning_rate": float(f"{2 ** x:.4g}"),
+            "alpha_init": float(f"{2 ** a:.4g}"),
+            "val_loss": 2 + 0.1 * ((x + 6) ** 2 + (a + 1.3) ** 2),
+        })
     return rows
 
 
@@ -752,13 +735,10 @@ def test_a_range_is_widened_as_it_was_drawn(name, best, tried, advice):
 
 
 def test_a_good_seed_makes_no_setting_the_best():
-    rows = search(seeds=(0, 1))
-    rows = [row for row in rows if (row["seed"], row["val_loss"]) != (0, rows[0]["val_loss"])]
-    lucky = {**rows[0], "val_loss": rows[0]["val_loss"] - 0.05}     # as seed 0 would have it
-    values = [setting.values for setting in compare.rank(rows, ["learning_rate", "alpha_init"])]
-    again = compare.rank([lucky, *rows[1:]], ["learning_rate", "alpha_init"])
-    assert values.index((lucky["learning_rate"], lucky["alpha_init"])) > 0
-    assert len(again) == len(values)
+    runs = [{**RUN, "learning_rate": rate, "seed": seed, "val_loss": 2 - seed + 9 * rate}
+            for rate, seed in ((0.01, 0), (0.01, 1), (0.02, 0), (0.02, 1), (0.03, 1))]
+    ranked = compare.rank(runs, ["learning_rate"])
+    assert [setting.values for setting in ranked] == [(0.01,), (0.02,), (0.03,)]
 
 
 def one_at_a_time():
@@ -862,16 +842,13 @@ def test_a_weight_of_rank_one_along_the_input_has_one():
     assert exponent == pytest.approx(1, abs=1e-5)
 
 
-def test_tokens_without_a_logarithm_do_not_count():
+def test_tokens_that_have_not_moved_do_not_count():
     torch.manual_seed(0)
-    x = torch.randn(3, 1024)
-    first_quarter = torch.arange(1024) < 256
-    weight = torch.outer(torch.randn(300), x[0] * first_quarter)
-    x[1] = x[0] * ~first_quarter        # which the weight does not see
-    x[2] = 0                            # which has not moved
-    share = (x[0] * first_quarter).norm() / x[0].norm()
-    exponent = 1 + math.log(share, 1024)
-    assert alignment.alignment_exponent(weight, x) == pytest.approx(exponent, abs=1e-5)
+    weight = torch.randn(300, 64)
+    x = torch.randn(3, 64)
+    with_zeros = torch.cat((x, torch.zeros(2, 64)))
+    exponent = alignment.alignment_exponent(weight, x)
+    assert alignment.alignment_exponent(weight, with_zeros) == pytest.approx(exponent)
 
 
 @torch.no_grad()
@@ -902,15 +879,6 @@ def test_a_map_that_is_no_parameter_is_refused():
     tokens = torch.randint(48, (2, 16))
     with pytest.raises(ValueError, match="no parameter as a whole"):
         alignment.measure(model, model, tokens, tokens)
-
-
-def test_the_plain_gpt_can_be_measured():
-    torch.manual_seed(0)
-    config = plain.PlainGPTConfig(width=16, depth=1, head_dim=8, vocab_size=48, seq_len=16)
-    tokens = torch.randint(48, (2, 16))
-    rows, _ = alignment.measure(plain.PlainGPT(config), plain.PlainGPT(config), tokens, tokens)
-    maps = [row["map"] for row in rows]
-    assert maps == ["W_q", "W_k", "W_v", "W_O", "W_u", "W_nu", "W_oMLP", "E_out", "logits"]
 
 
 TINY = ("--depth=2 --head_dim=8 --seq_len=16 --batch_size=4 --steps=6 --base_width=16 "
@@ -949,28 +917,16 @@ def rows_of(path):
 
 def test_runs_are_measured_early_and_then_every_so_often(measured):
     _, path = measured
-    steps = dict.fromkeys((row["width"], int(row["step"])) for row in rows_of(path))
-    assert set(steps) == {(width, step) for width in ("16", "32") for step in (0, 1, 2, 4, 6)}
+    steps = {(row["width"], int(row["step"])) for row in rows_of(path)}
+    assert steps == {(width, step) for width in ("16", "32") for step in (0, 1, 2, 4, 6)}
 
 
-def test_a_run_is_measured_against_its_own_first_weights(measured, words):
+def test_a_run_is_measured_against_its_own_first_weights(measured):
     _, path = measured
-    row = next(row for row in rows_of(path)
-               if (row["width"], row["step"], row["layer"], row["map"]) == ("32", "6", "0", "W_q"))
-    weights = []
-
-    def keep(step, model):
-        weights.append((model.blocks[0].W_q.detach().clone(), model.embedding.detach().clone()))
-
-    options = [f"--results={path}", *TINY.split(), "--width=32", f"--data={words}"]
-    own, base, groups = sweep_py.read_command(options)
-    config, = sweep_py.make_runs(groups, base, own)
-    train.train(config, after_step=keep)
-    W_0, E_0 = weights[0]
-    W, E = weights[-1]
-    tokens, _ = alignment.validation_batch(config, torch.device("cpu"))
-    expected = measured_by_hand(W, W_0, E[tokens], E_0[tokens])
-    assert {name: float(row[name]) for name in expected} == pytest.approx(expected, rel=1e-3)
+    for width in ("16", "32"):
+        changes = [float(row["rms_dW"]) for row in rows_of(path)
+                   if (row["width"], row["layer"], row["map"]) == (width, "0", "W_q")]
+        assert changes[0] == 0 < changes[1] < changes[4]
 
 
 def test_interrupted_measurements_go_on(measured, tmp_path, monkeypatch, say):
@@ -1039,23 +995,19 @@ def test_slopes_over_widths_are_free_of_constants(tmp_path, say):
 
 def test_the_coordinate_check_prints_powers_of_the_width(tmp_path, say):
     path = write(tmp_path / "a.csv", measurements("nugpt", "ngpt"))
-    lines = say(f"results/alignment.py {path}").splitlines()
-    place = next(i for i, line in enumerate(lines) if line.startswith("power of width"))
-    rows = [line.replace("-0.00", "+0.00").split() for line in lines[place + 1:place + 5]]
-    assert rows == [[column, step, "-0.25", "+0.00", "+0.50"]
-                    for column in ("ngpt", "nugpt") for step in ("1", "10")]
+    out = say(f"results/alignment.py {path}").replace("-0.00", "+0.00")
+    rows = [line.split() for line in out.splitlines()]
+    for column in ("ngpt", "nugpt"):
+        assert [column, "10", "-0.25", "+0.00", "+0.50"] in rows
 
 
 MAPS = measurements("ngpt", "nugpt")
 BAD_MEASUREMENTS = [
     ("is there twice", [*MAPS, MAPS[0]]),
-    ("another depth or length", [*MAPS, {**MAPS[0], "steps": 40, "seed": 7}]),
     ("needs two widths of ngpt", [row for row in MAPS if row["width"] == 48]),
     ("have only [0]", [row for row in MAPS if row["step"] == 0]),
-    ("with a seed in common", [row for row in MAPS if row["seed"] == (row["width"] > 48)]),
-    ("has no logits at step 10", MAPS[:-1]),
+    ("other linear maps", MAPS[:-1]),
     ("line 2 is not as", [{**MAPS[0], "d_in": "wide"}]),
-    ("has no column step", [RUN]),
 ]
 
 
@@ -1078,30 +1030,21 @@ def first(words, tmp_path_factory):
     return folder
 
 
-def copy_of_log(folder, other, ending):
-    """The folder `other`, with the log of a run, but for its last row: that is `ending`."""
-    other.mkdir()
-    lines = (folder / "log.csv").read_text().splitlines()
-    (other / "log.csv").write_text("\n".join([*lines[:-1], *ending]) + "\n")
-    return other
-
-
 def test_runs_are_listed_with_where_they_stand(first, tmp_path, say):
-    row = dict.fromkeys(train.LOG, "") | {"step": 6, "tokens": 384, "train_loss": "nan"}
-    diverged = ",".join(str(cell) for cell in (row | {"status": "diverged"}).values())
-    second = copy_of_log(first, tmp_path / "second", [diverged])
-    third = copy_of_log(first, tmp_path / "third", [])
-    lines = say(f"results/show.py {first} {second} {third}").splitlines()
+    head, *rows = (first / "log.csv").read_text().splitlines()
+    (tmp_path / "log.csv").write_text("\n".join([head, *rows[:-1]]))
+    lines = say(f"results/show.py {first} {tmp_path}").splitlines()
     assert lines[0].split() == ["run", "steps", "tokens", "train_loss", "val_loss", "status"]
     assert lines[1].split()[:3] == [str(first), "6", "384"]
-    assert [line.split()[-1] for line in lines[1:]] == ["finished", "diverged", "unfinished"]
+    assert [line.split()[-1] for line in lines[1:]] == ["finished", "unfinished"]
 
 
 @pytest.mark.parametrize("name", ["with blanks", "_hidden", "$x$_{", "Ω'&\\"])
 def test_runs_are_drawn_whatever_their_folders_are_called(first, tmp_path, say, name):
-    second = copy_of_log(first, tmp_path / name, [])
-    folders = shlex.join([str(first), str(second)])
-    say(f"results/show.py {folders} --plot={tmp_path}/a.png")
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "log.csv").write_bytes((first / "log.csv").read_bytes())
+    folder = shlex.quote(str(tmp_path / name))
+    assert "finished" in say(f"results/show.py {folder} --plot={tmp_path}/a.png")
 
 
 def test_a_folder_without_a_run_gets_one_sentence(tmp_path, say):
@@ -1116,7 +1059,7 @@ def test_a_notebooks_settings_do_not_touch_a_picture(table, tmp_path, say, monke
     matplotlib = pytest.importorskip("matplotlib")
     monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
     monkeypatch.setitem(matplotlib.rcParams, "figure.facecolor", "black")
-    say(f"results/verdict.py {table} --plot={tmp_path}/new/a.png")
+    assert "wide enough" in say(f"results/verdict.py {table} --plot={tmp_path}/new/a.png")
     assert os.environ["MPLBACKEND"] == "agg"
     assert matplotlib.rcParams["figure.facecolor"] == "white"
 

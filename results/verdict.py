@@ -311,20 +311,19 @@ def make_curve(points):
 
 def points_to_add(x, loss, mean, best):
     """The x to run, so that two points on each side of the best are known for every seed."""
-    near = slice(max(best - 2, 0), best + 3)
-    unfinished = np.isnan(loss[:, near]).any(axis=0)
-    add = set(x[near][unfinished])
-
-    # Beyond an end of the grid, unless a run next to the best diverged: behind a divergence there
-    # is nothing to look for.
     step = np.diff(x).min() if len(x) > 1 else 0.5
-    left = mean[max(best - 2, 0) : best]
-    right = mean[best + 1 : best + 3]
-    if not np.isinf(left).any():
-        add.update(x[0] - i * step for i in range(1, 3 - len(left)))
-    if not np.isinf(right).any():
-        add.update(x[-1] + i * step for i in range(1, 3 - len(right)))
-    return sorted(add)
+    add = []
+    for place in range(best - 2, best + 3):
+        if 0 <= place < len(x):
+            if np.isnan(loss[:, place]).any():
+                add.append(x[place])
+        # Beyond an end of the grid, unless a run on that side diverged: behind a divergence there
+        # is nothing to look for.
+        elif place < 0 and not np.isinf(mean[:best]).any():
+            add.append(x[0] + place * step)
+        elif place > best and not np.isinf(mean[best + 1 :]).any():
+            add.append(x[-1] + (place - len(x) + 1) * step)
+    return add
 
 
 def curves_of(column, runs_of_size):
