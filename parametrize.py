@@ -8,64 +8,78 @@ tuned. This file needs nothing but Python, so that it can be copied into other c
 
     rate of a tensor = η · schedule(step) · lr_all · lr_<its class> · <its class>_lr_mult
 
-m_w = width / base_width, m_d = depth / base_depth, m_t = steps / base_steps,
-m_b = batch_size / base_batch_size, d = width, c = (base_width)^-1/2, α₀ = train.py's --alpha_init.
-The last factor, …_lr_mult, is an option of train.py, one for each class of tensors. These factors
-and α₀ are constants: tuned once with η, and the same for all sizes and columns. So at the base's
-size all columns are one model and one optimizer, bit for bit.
+m_w = width / base_width, m_d = depth / base_depth, m_t = steps / base_steps, m_b = batch_size /
+base_batch_size, d = width, c = (base_width)^-1/2, α₀ = alpha_init, where α starts at the base.
+The last factor, …_lr_mult, is a constant of each class. These constants and α₀ are tuned once
+with η, and are the same for all sizes and columns. So at the base's size all columns are one
+model and one optimizer, bit for bit. "The paper" is arXiv:2604.27077 in this file.
 
-"The paper" is arXiv:2604.27077 in this file.
+TAKING IT HOME, to your own normalized Transformer
+  1. Put your names into TENSOR_CLASSES and SHARED_ROWS. Delete the VARIANTS that you do not
+     need.
+  2. Call parametrize. The settings are init and scale of each rescaler: value = raw ·
+     init/scale, and raw starts at scale. Where nGPT has 1/sqrt(width), this is now a number, c.
+  3. Give param_groups to Adam, with eps=1e-16. Set each group's lr in each step, as param_groups
+     says.
+  4. Check that at the base's sizes the losses are those of before, and print the groups' rates
+     at four times its width: 0.5 η for the embedding, 0.354 η for hidden and unembedding, η for
+     the rest.
 
 WHY THESE POWERS
 
-Premises. A hidden state h is a unit vector of d numbers, and so is each row of a weight W. So their
-entries are about d^-1/2. An entry of W h is a product of a row with h. The two are unrelated at the
-start, and so W h has entries of about d^-1/2, too. Adam changes each entry of W by about its rate,
-whatever the gradient. Wanted: a step changes W h by the same fraction at each width, that is, each
-entry by a number that falls as d^-1/2.
+Premises. A hidden state h is a unit vector of d numbers, and so is each row of a weight W. So
+  their entries are about d^-1/2. An entry of W h is a product of a row with h. The two are
+  unrelated at the start, and so W h has entries of about d^-1/2, too. Adam changes each entry of
+  W by about its rate, whatever the gradient. Wanted: a step changes W h by the same fraction at
+  each width, that is, each entry by a number that falls as d^-1/2.
 
 Width. The change of an entry of W h is a sum of d products: rate · d^-1/2 each.
   Unaligned, if the change of W has nothing to do with h, d random signs add up to √d: the entry
     changes by √d · rate · d^-1/2 = rate. So the rate must fall as d^-1/2 (nugpt_none).
-  Aligned, if all have one sign, they add up to d: the entry changes by √d · rate. So the rate must
-    fall as d^-1 (nugpt_full). arXiv:2407.05872 has both cases.
-  The paper measured how well changes of W are aligned with h while a model trains: full alignment is
-    1, none 1/2. It is high at first and falls. The mean over a long run is 3/4, hence -3/4 (nugpt).
-  W_O and W_oMLP read vectors that are no unit vectors. The norm that follows divides by the size of
-    their output. So again the fraction counts by which a step changes it, and the sum has a number
-    of terms that grows as d: the same powers.
+  Aligned, if all have one sign, they add up to d: the entry changes by √d · rate. So the rate
+    must fall as d^-1 (nugpt_full). arXiv:2407.05872 has both cases.
+  The paper measured how well changes of W are aligned with h while a model trains: full
+  alignment is 1, none 1/2. It is high at first and falls. The mean over a long run is 3/4, hence
+  -3/4 (nugpt).
+  W_O and W_oMLP read vectors that are no unit vectors. The norm that follows divides by the size
+  of their output. So again the fraction counts by which a step changes it, and the sum has a
+  number of terms that grows as d: the same powers.
   Embedding: a row of it is itself a hidden state, nothing is summed: the rate falls as d^-1/2.
-  Unembedding: E_out h is a W h like the others, and the paper gives it their power, -3/4. mup looks
-    at the logits, which no norm follows. A step changes an aligned logit by s_z · √d · rate. mup
-    keeps that equal at each width, with s_z starting at 1 everywhere: hence d^-1/2.
-Depth. A block moves h by a step of size α on the sphere. If the steps of all blocks point one way,
-  they add up as their number, and α₀·m_d^-1 keeps the sum. The usual μP over depth (depth_mup) takes
-  the steps as unrelated: they add up as a root, so that α is α₀·m_d^-1/2. What the blocks learn does
-  point one way. It would add up to m_d · m_d^-1/2 = m_d^1/2, and depth_mup divides the hidden rate by
-  that. Both rules are consistent; experiments tell them apart. In the paper's the best η of
-  depth_mup drifts to the right (section 4.5).
-Steps. m_t^-1/3 is what the paper fitted to the best η of runs of several lengths (section 4.6). It is
-  no theorem. Our runs of 100 to 1,600 steps agree for cosine and linear; wsd wants about -1/2.
-Rescalers. A rescaler is a learned vector, raw · init/scale, and raw starts at scale. Adam moves raw
-  by about the rate, and thereby the value by init · rate/scale: a smaller scale makes it faster.
-  nGPT's scale d^-1/2 makes rescalers faster in wider models; c keeps the base's speed. nGPT gives
-  s_u and s_ν the scale 1 at every width, and so they keep their speed already.
+  Unembedding: E_out h is a W h like the others, and the paper gives it their power, -3/4. mup
+  looks at the logits, which no norm follows. A step changes an aligned logit by s_z · √d · rate.
+  mup keeps that equal at each width, with s_z starting at 1 everywhere: hence d^-1/2.
+Depth. A block moves h by a step of size α on the sphere. If the steps of all blocks point one
+  way, they add up as their number, and α₀·m_d^-1 keeps the sum. The usual μP over depth
+  (depth_mup) takes the steps as unrelated: they add up as a root, so that α is α₀·m_d^-1/2. What
+  the blocks learn does point one way. It would add up to m_d · m_d^-1/2 = m_d^1/2, and depth_mup
+  divides the hidden rate by that. Both rules are consistent; experiments tell them apart. In the
+  paper's the best η of depth_mup drifts to the right (section 4.5).
+Steps. m_t^-1/3 is what the paper fitted to the best η of runs of several lengths (section 4.6).
+  It is no theorem. Our runs of 100 to 1,600 steps agree for cosine and linear; wsd wants about
+  -1/2.
+Rescalers. A rescaler is a learned vector, raw · init/scale, and raw starts at scale. Adam moves
+  raw by about the rate, and thereby the value by init · rate/scale: a smaller scale makes it
+  faster. nGPT's scale d^-1/2 makes rescalers faster in wider models; c keeps the base's speed.
+  nGPT gives s_u and s_ν the scale 1 at every width, and so they keep their speed already.
   u = (W_u h) ⊙ s_u has no √d, as ν has: Norm follows the MLP and cancels any factor of u.
-s_z. What decided where it starts is a measurement. At 16 times the base's width, after 400 steps, a
-  start at m_w^1/2 (nugpt_z) ends 0.03 nats above a start at 1 (results/README.md). The paper's list
-  of rules has no entry for s_z. We had read m_w^1/2 into its lemma 6.8, which wants the first logits
-  to be as large at each width. But the first logits are random, and small only for that reason.
-  Learned ones are aligned, and s_z ends at 15 to 17 at each width if it starts at 1. A start at
-  m_w^1/2 is too high for them, and makes s_z too fast.
-Not carried: head_dim, for which there is no rule (lemma 6.6 holds for a constant one), and batch_size.
-Adam's ε. Its step is the sign of the gradient only while ε is small beside the gradient. Gradients
-  shrink as the width grows. 1e-16, the paper's value, is small at each width; 1e-8, the usual, is not.
-Why nugpt and not mup? In our runs of 400 steps the two cannot be told apart. In the paper's long runs
-  mup's best η drifts to the right with the width, as alignment falls, and nugpt's does not.
-Where the cells come from. ngpt: arXiv:2410.01131, which has no rule for rates; as published it has
-  each …_lr_mult at 1. mup: the paper's "μP for widths", its powers of m_w derived from a lemma, with
-  nugpt's rule for depth. nugpt: the paper's νGPT. The paper's constants are unembedding_lr_mult 1/2,
-  1 for the others, α₀ 0.05 (sections 3.1, 7.4): train.py's defaults. results/laptop.json has its own.
+s_z. What decided where it starts is a measurement. At 16 times the base's width, after 400 steps,
+  a start at m_w^1/2 (nugpt_z) ends 0.03 nats above a start at 1 (results/README.md). The paper's
+  list of rules has no entry for s_z. We had read m_w^1/2 into its lemma 6.8, which wants the
+  first logits to be as large at each width. But the first logits are random, and small only for
+  that reason. Learned ones are aligned, and s_z ends at 15 to 17 at each width if it starts at 1.
+  A start at m_w^1/2 is too high for them, and makes s_z too fast.
+Not carried: head_dim, for which there is no rule (lemma 6.6 holds for a constant one), and
+  batch_size.
+Adam's ε. Its step is the sign of the gradient only while ε is small beside the gradient.
+  Gradients shrink as the width grows. 1e-16, the paper's value, is small at each width; 1e-8,
+  the usual, is not.
+Why nugpt and not mup? In our runs of 400 steps the two cannot be told apart. In the paper's long
+  runs mup's best η drifts to the right with the width, as alignment falls, and nugpt's does not.
+Where the cells come from. ngpt: arXiv:2410.01131, which has no rule for rates; as published it
+  has each …_lr_mult at 1. mup: the paper's "μP for widths", its powers of m_w derived from a
+  lemma, with nugpt's rule for depth. nugpt: the paper's νGPT. The paper's constants are
+  unembedding_lr_mult 1/2, 1 for the others, α₀ 0.05 (sections 3.1, 7.4): train.py's defaults.
+  results/laptop.json has its own.
 """
 import argparse
 import re
@@ -238,8 +252,9 @@ def class_of(name):
 
 def param_groups(model, lr_factors):
     """
-    Adam's parameter groups, one for each tensor class, with its "name" and its "lr_factor".
-    Set group["lr"] = group["lr_factor"] · η · schedule(step). Raises ValueError as class_of does.
+    Adam's parameter groups, one for each tensor class, with its "name" and its "lr_factor", and no
+    weight decay. In each step set group["lr"] = group["lr_factor"] · η · schedule(step), also after
+    a checkpoint was loaded. Raises ValueError as class_of does.
     """
     groups = {}
     for name, parameter in model.named_parameters():
@@ -248,7 +263,8 @@ def param_groups(model, lr_factors):
         lr_factor = lr_factors[tensor_class]
         key = (tensor_class, lr_factor)
         if key not in groups:
-            groups[key] = {"params": [], "name": tensor_class, "lr_factor": lr_factor}
+            groups[key] = {"params": [], "name": tensor_class, "lr_factor": lr_factor,
+                           "weight_decay": 0.0}
         groups[key]["params"].append(parameter)
     return list(groups.values())
 
@@ -270,14 +286,12 @@ def print_numbers(sizes):
     ValueError as parametrize does."""
     print("Base: width {base_width}, {base_depth} blocks, {base_steps} steps, "
           "batch {base_batch_size}".format(**sizes))
-    print("What multiplies η, before …_lr_mult, for each class; and α and s_z at the start\n")
-    print(f"{'':14}{'embedding':>11}{'hidden':>11}{'unembedding':>12}{'rescalers':>11}"
-          f"{'alpha_A':>11}{'s_z':>8}")
+    print("What multiplies η for each class, before …_lr_mult, and where the rescalers start\n")
     for name in COLUMNS:
         settings, lr_factors = parametrize(name, **sizes)
-        numbers = [lr_factors[tensor_class] for tensor_class in TENSOR_CLASSES]
-        numbers += [settings["alpha_A_init"], settings["s_z_init"]]
-        print(f"{name:14}" + " ".join(f"{number:10.4g}" for number in numbers))
+        starts = {row.removesuffix("_init"): settings[row] for row in settings if "_init" in row}
+        numbers = [f"{what} {number:.4g}" for what, number in {**lr_factors, **starts}.items()]
+        print(f"{name + ':':13} {', '.join(numbers)}")
 
 
 def main():

@@ -453,8 +453,8 @@ def make_optimizer(model, lr_factors, config):
     """AdamW with a group for each tensor class. Matrices decay, rescalers do not."""
     groups = param_groups(model, lr_factors)
     for group in groups:
-        are_matrices = all(parameter.dim() == 2 for parameter in group["params"])
-        group["weight_decay"] = config.weight_decay if are_matrices else 0.0
+        if all(parameter.dim() == 2 for parameter in group["params"]):
+            group["weight_decay"] = config.weight_decay
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2),
                              eps=config.eps, fused=True)
 
