@@ -291,7 +291,7 @@ def read_measurements(paths):
 
 def numbers_of_step(maps, width):
     """
-    Nine numbers of the maps {(layer, map): numbers} at one step: those of EXPONENTS, then of CHANGES.
+    Nine numbers of one step's maps, {(layer, map): numbers}: those of EXPONENTS, then of CHANGES.
 
     An exponent is here log [RMS(W x) / (RMS(W) RMS(x))], whose slope over log width is free of
     constants. Weights and hidden states are unit vectors, whose RMS is width^-1/2.

@@ -207,7 +207,7 @@ def flops(config):
 
 
 def shape(config):
-    """What torch.compile compiles for: all sizes of the model, a fork's among them, and the batch."""
+    """What torch.compile compiles for: all sizes of the model, also a fork's, and the batch."""
     sizes = asdict(train.model_config(config)).values()
     return (config.parametrization in plain.COLUMNS, *sizes, config.batch_size,
             config.micro_batch_size, config.dtype)

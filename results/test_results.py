@@ -444,7 +444,8 @@ def with_columns_reversed(text):
 
 
 def quoted_with_crlf(text):
-    return "\ufeff" + "".join('"' + line.replace(",", '","') + '"\r\n' for line in text.splitlines())
+    lines = [line.replace(",", '","') for line in text.splitlines()]
+    return "\ufeff" + "".join(f'"{line}"\r\n' for line in lines)
 
 
 RESAVED = [spelled_by_a_spreadsheet, with_blank_rows, with_columns_reversed, quoted_with_crlf]
@@ -757,10 +758,11 @@ def test_options_changed_one_at_a_time_are_priced(tmp_path, say):
     path = write(tmp_path / "a.csv", one_at_a_time())
     lines = [line.split() for line in say(f"results/compare.py options {path}").splitlines()]
     half = 12.7062 * 0.01   # Student's t for two seeds, times the standard error of 0.02 and 0.04
+    interval = f"[{-0.03 - half:+.4f}, {half - 0.03:+.4f}]".split()
     assert lines[1:4] == [
         ["unchanged", "2.1500", "+0.0000", "[+0.0000,", "+0.0000]", "2"],
         ["--schedule=wsd", "2.0500", "-0.1000", "[-0.1000,", "-0.1000]", "2"],
-        ["--beta2=0.99", "2.1200", "-0.0300", f"[{-0.03 - half:+.4f},", f"{half - 0.03:+.4f}]", "2"],
+        ["--beta2=0.99", "2.1200", "-0.0300", *interval, "2"],
     ]
     assert lines[5] == ["Unchanged:", "--schedule=cosine", "--beta2=0.95"]
 

@@ -73,7 +73,7 @@ def read_results(*paths):
             check_header(path, header)
         tables[path] = [read_run(f"{path}, line {line}", row) for line, row in rows]
     notes = fill(tables)
-    return [list({identity(run): run for run in runs}.values()) for runs in tables.values()], notes
+    return [without_repetition(runs) for runs in tables.values()], notes
 
 
 def check_header(path, header):
@@ -143,8 +143,8 @@ def fill(tables):
     """
     Gives the runs of {path: runs} what an older table lacks. Returns sentences that say so.
 
-    It is what all other tables have, if they have one value of it; else Config's default. Without
-    a fingerprint a text is known by its folder, which is taken for one text in all tables.
+    It is what the others have, if they have one value of it; else Config's default. A text without
+    a fingerprint is taken for the one that the others have in a folder of that name.
     """
     notes = []
     everything = [run for runs in tables.values() for run in runs]
@@ -164,13 +164,16 @@ def fill(tables):
         if run.get("data_fingerprint"):
             texts.setdefault(run["data"], set()).add(run["data_fingerprint"])
     for path, runs in tables.items():
-        lacking = [run for run in runs if not run.get("data_fingerprint")]
-        for run in lacking:
-            known = texts.get(run["data"], ())
-            run["data_fingerprint"] = min(known) if len(known) == 1 else run["data"]
-        if lacking and texts:
-            notes.append(f"{path} has no data_fingerprint: a folder {lacking[0]['data']} is taken "
-                         "for the same text as in the others.")
+        guessed = set()
+        for run in runs:
+            if not run.get("data_fingerprint"):
+                run["data_fingerprint"] = run["data"]
+                if len(texts.get(run["data"], ())) == 1:
+                    run["data_fingerprint"] = min(texts[run["data"]])
+                    guessed.add(run["data"])
+        for folder in sorted(guessed):
+            notes.append(f"{path} has no data_fingerprint: {folder} is taken for the same text as "
+                         "in the others.")
     return notes
 
 
@@ -182,6 +185,11 @@ def rounded(value):
 def identity(run):
     """What makes the run: two runs with the same are one run."""
     return (*(rounded(run[name]) for name in OPTIONS), run["data_fingerprint"])
+
+
+def without_repetition(runs):
+    """The runs; of equal ones the last."""
+    return list({identity(run): run for run in runs}.values())
 
 
 # ------------------------------------------------------------------------------------------------
@@ -639,7 +647,7 @@ def group_tables(tables):
     varying = set()         # within a table: what the sizes are
     for runs in tables:
         varying.update(key for key in AXES if len({run[key] for run in runs}) > 1)
-    everything = list({identity(run): run for runs in tables for run in runs}.values())
+    everything = without_repetition([run for runs in tables for run in runs])
     differing = []
     for key in AXES:
         if varying and key not in varying and len({run[key] for run in everything}) > 1:
