@@ -141,7 +141,7 @@ def read_value(cell, kind):
 
 def fill(tables):
     """
-    Gives the runs of {path: runs} what an older table lacks. Returns sentences that say so.
+    Sentences on what was assumed, after the runs of {path: runs} got what an older table lacks.
 
     It is what the others have, if they have one value of it; else Config's default. A text without
     a fingerprint is taken for the one that the others have in a folder of that name.
@@ -334,6 +334,10 @@ def points_to_add(x, loss, mean, best):
     return add
 
 
+def recipe_of(run):
+    return [rounded(run[option]) for option in RECIPE]
+
+
 def curves_of(column, runs_of_size):
     """
     {size: Curve} of a column, from {size: runs}.
@@ -345,16 +349,15 @@ def curves_of(column, runs_of_size):
     for runs in runs_of_size.values():
         for run in runs:
             if run["parametrization"] == column:
-                recipes[run["steps"], run["batch_size"]] = [run[option] for option in RECIPE]
+                recipes[run["steps"], run["batch_size"]] = recipe_of(run)
     curves = {}
     for size, runs in runs_of_size.items():
         own = any(run["parametrization"] == column for run in runs)
         points = {}
         for run in runs:
             factor = factor_on_eta(run, column)
-            recipe = [run[option] for option in RECIPE]
-            wanted = recipes.get((run["steps"], run["batch_size"]), recipe)
-            if factor != 0 and (factor == 1 or not own) and recipe == wanted:
+            wanted = recipes.get((run["steps"], run["batch_size"]), recipe_of(run))
+            if factor != 0 and (factor == 1 or not own) and recipe_of(run) == wanted:
                 points[round(math.log2(run["learning_rate"] * factor), 4), run["seed"]] = run
         if points:
             curves[size] = make_curve(points)
