@@ -14,8 +14,8 @@ run, except those that the table has already: a repeated command continues.
                        unless low is 0
     A + B + C ++ D     two groups of runs, with the options A B D and A C D; later ones win
 
-Worker processes, one for each GPU or core that PyTorch may use, import once and compile once a
-shape. This process alone writes rows. results/verdict.py judges the table.
+Worker processes, one for each GPU that PyTorch sees or each core that we may use, import once and
+compile once a shape. This process alone writes rows. results/verdict.py judges the table.
 """
 import argparse
 import csv
@@ -45,7 +45,6 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import compare
 import plain
-import show
 import train
 import verdict
 from parametrize import COLUMNS

@@ -26,7 +26,6 @@ import compare
 import plain
 import prepare_data
 import show
-import sweep as sweep_py
 import train
 import verdict
 from alignment import rms
