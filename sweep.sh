@@ -45,8 +45,8 @@ for option in "$@"; do
 done
 
 # results/sweep.py runs all combinations of the values of its options. Options before the first +
-# hold for all runs. Each + begins a group of runs with options of its own. Options after ++ hold for
-# all runs again, and win: these are the user's.
+# hold for all runs. Each + begins a group of runs with options of its own. Options after ++ hold
+# for all runs again, and win: these are the user's.
 users_options=("$@")
 sweep() {
     # bash before 4.4 takes an empty array for an unset variable, so this asks first
@@ -61,10 +61,10 @@ ngpt_grid=--learning_rate=2^-3x:1x:2^.5     # nGPT's best η is lower in larger 
 seeds=--seed=0,1,2
 control=ngpt
 
-# At the base's own size all columns are one model, so nugpt's runs there are ngpt's, too: the groups
-# of ngpt begin at the next size. Over steps and over batch, columns differ in lr_all alone, which
-# multiplies η: a run of one column is a run of every other at another η, and one column is enough.
-# results/verdict.py knows both.
+# At the base's own size all columns are one model, so nugpt's runs there are ngpt's, too: the
+# groups of ngpt begin at the next size. Over steps and over batch, columns differ in lr_all alone,
+# which multiplies η: a run of one column is a run of every other at another η, and one column is
+# enough. results/verdict.py knows both.
 case $name in
     base)
         sweep $seeds --random=40 --finalists=5 --write_base="${results%.csv}.json" \

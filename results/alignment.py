@@ -14,7 +14,6 @@ with which power of the width weights, hidden states and logits have changed. Th
 """
 import copy
 import hashlib
-import itertools
 import math
 import sys
 from os.path import expanduser
@@ -75,7 +74,10 @@ class LinearMaps(TorchFunctionMode):
         if function is torch.cat and all(matrix in self.names for matrix in args[0]):
             self.names[out] = [name for matrix in args[0] for name in self.names[matrix]]
         for arg in args:
-            if isinstance(arg, torch.Tensor) and arg in self.names and same_layout(arg, out):
+            if not isinstance(arg, torch.Tensor) or not isinstance(out, torch.Tensor):
+                continue
+            # of the same shape, and not transposed
+            if arg in self.names and arg.shape == out.shape and arg.stride() == out.stride():
                 self.names[out] = self.names[arg]
         return out
 
@@ -89,11 +91,6 @@ class LinearMaps(TorchFunctionMode):
                                  "results/alignment.py which is which")
             matrix = self.matrices[name]
             self.found[name] = (matrix.T if transposed else matrix, x)
-
-
-def same_layout(a, b):
-    """Whether b is a tensor like a, and not like a transposed."""
-    return isinstance(b, torch.Tensor) and a.shape == b.shape and a.stride() == b.stride()
 
 
 def rms(x):
@@ -114,9 +111,11 @@ def alignment_exponent(weight, x):
     logarithm do not count: a token that was never trained on has not moved. nan if none counts.
     arXiv:2407.05872; Definition 3.1 of νGPT.
     """
-    ratio = rms(F.linear(x, weight)) / (rms(weight.flatten()) * rms(x))
+    independent = rms(weight.flatten()) * rms(x)
+    ratio = rms(F.linear(x, weight)) / independent
     counts = ratio.isfinite() & (ratio > 0)
-    return (ratio[counts].log().mean() / math.log(weight.size(1))).item()
+    mean = ratio[counts].log().mean().item()
+    return mean / math.log(weight.size(1))
 
 
 @torch.no_grad()
@@ -200,7 +199,8 @@ class Measurements:
             row.update({"step": step, "loss": f"{loss:.6f}", "run": self.run})
             for name, number in numbers.items():
                 row[name] = f"{number:.5g}" if isinstance(number, float) else number
-            self.rows.append({name: str(row.get(name, "")) for name in FIELDS})
+            cells = {name: str(row.get(name, "")) for name in FIELDS}
+            self.rows.append(cells)
 
     def is_due(self, step):
         """Whether to measure: the first powers of two, every so many steps, and the last."""
@@ -219,7 +219,8 @@ def validation_batch(config, device):
 
 def name_of(config):
     """A name for the run that config describes: 12 hex characters of its options and its text."""
-    return hashlib.sha256(repr(sweep.identity(config)).encode()).hexdigest()[:12]
+    text = repr(sweep.identity(config))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def rows_in(path):
@@ -291,7 +292,7 @@ def read_measurements(paths):
 
 def numbers_of_step(maps, width):
     """
-    Nine numbers of the maps {(layer, map): numbers} at one step: those of EXPONENTS, then of CHANGES.
+    Nine numbers of one step's maps, {(layer, map): numbers}: those of EXPONENTS, then of CHANGES.
 
     An exponent is here log [RMS(W x) / (RMS(W) RMS(x))], whose slope over log width is free of
     constants. Weights and hidden states are unit vectors, whose RMS is width^-1/2.
@@ -418,11 +419,13 @@ def report(columns):
 
 def draw(columns, path):
     """Draws a panel for each change and column: the change against width, a line a step."""
-    columns = {name: one for name, one in columns.items() if name not in plain.COLUMNS}
-    figure = show.new_figure(2.5 * len(columns) + 2, 6.5)
-    panels = figure.subplots(len(CHANGES), len(columns), sharex=True, sharey="row", squeeze=False)
-    for (name, summary), below in zip(columns.items(), panels.T):
+    names = [name for name in columns if name not in plain.COLUMNS]
+    figure = show.new_figure(2.5 * len(names) + 2, 6.5)
+    shape = (len(CHANGES), len(names))
+    panels = figure.subplots(*shape, sharex=True, sharey="row", squeeze=False)
+    for name, below in zip(names, panels.T):
         below[0].set_title(name)
+        summary = columns[name]
         for panel, label, change in zip(below, CHANGES, summary.changes.T):
             for i, step in decades(summary.steps):      # change is (steps, widths)
                 panel.loglog(summary.widths, change[i], "o-", ms=3, label=f"step {step}")

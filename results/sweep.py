@@ -14,8 +14,8 @@ run, except those that the table has already: a repeated command continues.
                        unless low is 0
     A + B + C ++ D     two groups of runs, with the options A B D and A C D; later ones win
 
-Worker processes, one a GPU or one a core, import once and compile once a shape. This process alone
-writes rows. results/verdict.py judges the table.
+Worker processes, one for each GPU that PyTorch sees or each core that we may use, import once and
+compile once a shape. This process alone writes rows. results/verdict.py judges the table.
 """
 import argparse
 import csv
@@ -34,10 +34,10 @@ import sys
 import threading
 from contextlib import suppress
 from dataclasses import asdict
-from dataclasses import dataclass
 from dataclasses import fields
 from fractions import Fraction
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -60,17 +60,10 @@ NOT_IN_A_SWEEP = {"out_dir", "resume", "sample_only", "prompt", "sample_tokens",
                   "top_k", "log_every", "eval_every", "checkpoint_every"}
 
 
-@dataclass
-class Range:
+class Range(NamedTuple):
     """low..high of --random."""
     low: float
     high: float
-
-    def at(self, place):
-        """The value at a place between 0 and 1, on a log scale where both ends are positive."""
-        if self.low > 0:
-            return self.low * (self.high / self.low) ** place
-        return self.low + (self.high - self.low) * place
 
 
 # ------------------------------------------------------------------------------------------------
@@ -100,7 +93,7 @@ def tidy(kind, number):
 
 def parse_option(name, text, base):
     """The values, a list, or the Range that an option's text stands for. Raises ValueError."""
-    kind = {f.name: f.type for f in fields(plain.Config)}[name]
+    kind = verdict.OPTION_TYPES[name]
     if kind not in (int, float):
         return [train.parse_value(name, part, plain.Config) for part in text.split(",")]
     try:
@@ -124,14 +117,18 @@ def parse_option(name, text, base):
 
 def spread(ranges, count):
     """`count` settings, {option: value}, that fill the ranges evenly, the same ones every time:
-    multiples of √2, √3, √5, … modulo 1."""
+    multiples of √2, √3, √5, … modulo 1. Ranges that begin above 0 are filled on a log scale."""
     settings = []
     for i in range(1, count + 1):
         setting = {}
-        for (name, wanted), prime in zip(ranges.items(), PRIMES):
-            kind = {f.name: f.type for f in fields(plain.Config)}[name]
-            number = wanted.at(i * math.sqrt(prime) % 1)
-            setting[name] = round(number) if kind is int else float(f"{number:.4g}")
+        for (name, (low, high)), prime in zip(ranges.items(), PRIMES):
+            place = i * math.sqrt(prime) % 1
+            if low > 0:
+                number = low * (high / low) ** place
+            else:
+                number = low + (high - low) * place
+            is_whole = verdict.OPTION_TYPES[name] is int
+            setting[name] = round(number) if is_whole else float(f"{number:.4g}")
         settings.append(setting)
     return settings
 
@@ -515,7 +512,7 @@ def read_command(argv):
     if path:
         path = train.parse_value("base", path)
         base = {**train.read_base(path, plain.Config), "base": path}
-    values = {**asdict(plain.Config()), **base}
+    values = {**verdict.DEFAULTS, **base}
     groups = []
     for group in texts:
         options = {name: parse_option(name, text, values) for name, text in group.items()}

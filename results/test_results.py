@@ -26,13 +26,11 @@ import compare
 import plain
 import prepare_data
 import show
-import sweep as sweep_py
 import train
 import verdict
 from alignment import rms
-from model import GPT
-from model import GPTConfig
-from model import norm
+from model import GPT, GPTConfig, norm
+from parametrize import parametrize
 
 torch.set_num_threads(1)
 
@@ -444,7 +442,8 @@ def with_columns_reversed(text):
 
 
 def quoted_with_crlf(text):
-    return "\ufeff" + "".join('"' + line.replace(",", '","') + '"\r\n' for line in text.splitlines())
+    lines = [line.replace(",", '","') for line in text.splitlines()]
+    return "\ufeff" + "".join(f'"{line}"\r\n' for line in lines)
 
 
 RESAVED = [spelled_by_a_spreadsheet, with_blank_rows, with_columns_reversed, quoted_with_crlf]
@@ -757,10 +756,11 @@ def test_options_changed_one_at_a_time_are_priced(tmp_path, say):
     path = write(tmp_path / "a.csv", one_at_a_time())
     lines = [line.split() for line in say(f"results/compare.py options {path}").splitlines()]
     half = 12.7062 * 0.01   # Student's t for two seeds, times the standard error of 0.02 and 0.04
+    interval = f"[{-0.03 - half:+.4f}, {half - 0.03:+.4f}]".split()
     assert lines[1:4] == [
         ["unchanged", "2.1500", "+0.0000", "[+0.0000,", "+0.0000]", "2"],
         ["--schedule=wsd", "2.0500", "-0.1000", "[-0.1000,", "-0.1000]", "2"],
-        ["--beta2=0.99", "2.1200", "-0.0300", f"[{-0.03 - half:+.4f},", f"{half - 0.03:+.4f}]", "2"],
+        ["--beta2=0.99", "2.1200", "-0.0300", *interval, "2"],
     ]
     assert lines[5] == ["Unchanged:", "--schedule=cosine", "--beta2=0.95"]
 
@@ -779,8 +779,9 @@ def test_changes_without_the_unchanged_are_refused(tmp_path, say):
 def adapted(seed):
     """A model with one more linear map, the adapter; no factor is 1, and some are negative."""
     torch.manual_seed(seed)
-    model = GPT(GPTConfig(width=32, depth=2, head_dim=8, vocab_size=48, seq_len=16,
-                          alpha_A_init=0.3, alpha_M_init=0.3))
+    settings, _ = parametrize("ngpt", width=32, depth=2, steps=1, base_width=32, base_depth=2,
+                              base_steps=1, alpha_init=0.3)
+    model = GPT(GPTConfig(settings, width=32, depth=2, head_dim=8, vocab_size=48, seq_len=16))
     model.adapter = torch.nn.Parameter(torch.randn(32, 32))
     model.unembed = lambda h: GPT.unembed(model, F.linear(h, 0.5 * model.adapter))
     for parameter in model.parameters():

@@ -485,7 +485,7 @@ def test_a_base_that_no_sweep_has_written_is_kept(data, tmp_path):
 def called(tmp_path, *argv, shell="bash"):
     """The command lines that sweep.sh gives to Python, as lists of words."""
     fake = tmp_path / "python"
-    fake.write_text('#!/bin/sh\nfor word in "$@"; do echo "$word"; done >> called\necho >> called\n')
+    fake.write_text('#!/bin/sh\nfor word in "$@"; do echo "$word"; done >> called; echo >> called')
     fake.chmod(0o755)
     done = subprocess.run([shell, ROOT / "sweep.sh", *argv], cwd=tmp_path, capture_output=True,
                           text=True, env={**os.environ, "PYTHON": str(fake)})

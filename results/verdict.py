@@ -73,7 +73,7 @@ def read_results(*paths):
             check_header(path, header)
         tables[path] = [read_run(f"{path}, line {line}", row) for line, row in rows]
     notes = fill(tables)
-    return [list({identity(run): run for run in runs}.values()) for runs in tables.values()], notes
+    return [without_repetition(runs) for runs in tables.values()], notes
 
 
 def check_header(path, header):
@@ -141,10 +141,10 @@ def read_value(cell, kind):
 
 def fill(tables):
     """
-    Gives the runs of {path: runs} what an older table lacks. Returns sentences that say so.
+    Sentences on what was assumed, after the runs of {path: runs} got what an older table lacks.
 
-    It is what all other tables have, if they have one value of it; else Config's default. Without
-    a fingerprint a text is known by its folder, which is taken for one text in all tables.
+    It is what the others have, if they have one value of it; else Config's default. A text without
+    a fingerprint is taken for the one that the others have in a folder of that name.
     """
     notes = []
     everything = [run for runs in tables.values() for run in runs]
@@ -164,13 +164,16 @@ def fill(tables):
         if run.get("data_fingerprint"):
             texts.setdefault(run["data"], set()).add(run["data_fingerprint"])
     for path, runs in tables.items():
-        lacking = [run for run in runs if not run.get("data_fingerprint")]
-        for run in lacking:
-            known = texts.get(run["data"], ())
-            run["data_fingerprint"] = min(known) if len(known) == 1 else run["data"]
-        if lacking and texts:
-            notes.append(f"{path} has no data_fingerprint: a folder {lacking[0]['data']} is taken "
-                         "for the same text as in the others.")
+        guessed = set()
+        for run in runs:
+            if not run.get("data_fingerprint"):
+                run["data_fingerprint"] = run["data"]
+                if len(texts.get(run["data"], ())) == 1:
+                    run["data_fingerprint"] = min(texts[run["data"]])
+                    guessed.add(run["data"])
+        for folder in sorted(guessed):
+            notes.append(f"{path} has no data_fingerprint: {folder} is taken for the same text as "
+                         "in the others.")
     return notes
 
 
@@ -182,6 +185,11 @@ def rounded(value):
 def identity(run):
     """What makes the run: two runs with the same are one run."""
     return (*(rounded(run[name]) for name in OPTIONS), run["data_fingerprint"])
+
+
+def without_repetition(runs):
+    """The runs; of equal ones the last."""
+    return list({identity(run): run for run in runs}.values())
 
 
 # ------------------------------------------------------------------------------------------------
@@ -326,6 +334,10 @@ def points_to_add(x, loss, mean, best):
     return add
 
 
+def recipe_of(run):
+    return [rounded(run[option]) for option in RECIPE]
+
+
 def curves_of(column, runs_of_size):
     """
     {size: Curve} of a column, from {size: runs}.
@@ -337,16 +349,15 @@ def curves_of(column, runs_of_size):
     for runs in runs_of_size.values():
         for run in runs:
             if run["parametrization"] == column:
-                recipes[run["steps"], run["batch_size"]] = [run[option] for option in RECIPE]
+                recipes[run["steps"], run["batch_size"]] = recipe_of(run)
     curves = {}
     for size, runs in runs_of_size.items():
         own = any(run["parametrization"] == column for run in runs)
         points = {}
         for run in runs:
             factor = factor_on_eta(run, column)
-            recipe = [run[option] for option in RECIPE]
-            wanted = recipes.get((run["steps"], run["batch_size"]), recipe)
-            if factor != 0 and (factor == 1 or not own) and recipe == wanted:
+            wanted = recipes.get((run["steps"], run["batch_size"]), recipe_of(run))
+            if factor != 0 and (factor == 1 or not own) and recipe_of(run) == wanted:
                 points[round(math.log2(run["learning_rate"] * factor), 4), run["seed"]] = run
         if points:
             curves[size] = make_curve(points)
@@ -639,7 +650,7 @@ def group_tables(tables):
     varying = set()         # within a table: what the sizes are
     for runs in tables:
         varying.update(key for key in AXES if len({run[key] for run in runs}) > 1)
-    everything = list({identity(run): run for runs in tables for run in runs}.values())
+    everything = without_repetition([run for runs in tables for run in runs])
     differing = []
     for key in AXES:
         if varying and key not in varying and len({run[key] for run in everything}) > 1:
