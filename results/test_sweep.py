@@ -21,7 +21,6 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "results")]
 import compare
-import plain
 import prepare_data
 import sweep
 import train
