@@ -26,8 +26,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import show
 import verdict
 
-# In a random search the ranges of these are even; results/sweep.py draws others by logarithms.
-LINEAR = {"warmup_steps", "beta2", "min_lr_ratio"}
 MAY_DIFFER = ["learning_rate", "seed", "dtype"]     # in the runs of a lead's column
 
 
@@ -105,25 +103,14 @@ def report_search(ranked, names):
 def range_to_widen(name, values):
     """[a sentence] if the first of the values, the best, is in an outer tenth of them; else []."""
     best = values[0]
-    if not isinstance(best, (int, float)):
+    tried = sorted(set(values))
+    place = tried.index(best) / (len(tried) - 1)
+    if isinstance(best, str) or 0.1 <= place <= 0.9:
         return []
-    scale = float
-    if name not in LINEAR:
-        scale = math.log
-        values = [value for value in values if value > 0]
-    low = min(values, default=math.inf)
-    high = max(values, default=0)
-    if best < low or low == high:
-        return []
-    place = (scale(best) - scale(low)) / (scale(high) - scale(low))
-    # an even range that ends at 0 has nothing below it
-    if place < 0.1 and not (name in LINEAR and low < 0.1 * high):
-        where = "downwards"
-    elif place > 0.9:
-        where = "upwards"
-    else:
-        return []
-    return [f"widen {name} {where}: the best is {best:.3g} of {low:.3g} to {high:.3g}"]
+    where = "upwards" if place > 0.9 else "downwards"
+    if where == "downwards" and tried[0] == 0:
+        return []       # there is nothing below
+    return [f"widen {name} {where}: the best is {best:.3g} of {tried[0]:.3g} to {tried[-1]:.3g}"]
 
 
 def report_options(ranked, names):
