@@ -1,9 +1,9 @@
 """
 Comparisons of settings: of a random search, of options changed one at a time, of two columns.
 
-    python results/compare.py search results/search_norm.csv        the best settings, to paste
-    python results/compare.py options results/options_norm.csv      what each change costs or gains
-    python results/compare.py lead results/width_tuned.csv nugpt ngpt width=384
+    python results/compare.py search out/search.csv                the best settings, to paste
+    python results/compare.py options out/options.csv              what each change costs or gains
+    python results/compare.py lead results/width.csv nugpt_z ngpt width=384
     python results/compare.py lead results/fresh.csv gpt_sp:0.00978 nugpt:0.022 steps=400
 
 Differences are over the seeds that both have run, with intervals of 95 %. A best setting was chosen

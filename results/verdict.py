@@ -1,9 +1,9 @@
 """
 The verdict on a sweep: does the best learning rate η stay where it is as models grow?
 
-    python results/verdict.py results/width_tuned.csv --plot=picture.png
-    python results/verdict.py results/width_tuned.csv results/width_mup.csv     one sweep, joined
-    python results/verdict.py results/width_100.csv results/width_1600.csv      drift against steps
+    python results/verdict.py results/width.csv --plot=out/width.png
+    python results/verdict.py results/width.csv out/mine.csv      one sweep, joined
+    python results/verdict.py results/width.csv results/width_1600.csv     drift against steps
 
 results/sweep.py makes such a table, a row a run. Of random searches, of options changed one at a
 time and of a single size there is results/compare.py.
