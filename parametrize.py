@@ -41,19 +41,22 @@ Width. The change of an entry of W h is a sum of d products: rate · d^-1/2 each
   The paper measured how well changes of W are aligned with h while a model trains: full
   alignment is 1, none 1/2. It is high at first and falls. The mean over a long run is 3/4, hence
   -3/4 (nugpt).
-  W_O and W_oMLP read vectors that are no unit vectors. The norm that follows divides by the size
-  of their output. So again the fraction counts by which a step changes it, and the sum has a
-  number of terms that grows as d: the same powers.
+  W_O and W_oMLP read vectors that are no unit vectors, so the size of their outputs is another.
+  But a norm follows both, and what counts is by which fraction a step changes their outputs. That
+  fraction depends on the width as it does above: the same powers.
   Embedding: a row of it is itself a hidden state, nothing is summed: the rate falls as d^-1/2.
-  Unembedding: E_out h is a W h like the others, and the paper gives it their power, -3/4. mup
-  looks at the logits, which no norm follows. A step changes an aligned logit by s_z · √d · rate.
-  mup keeps that equal at each width, with s_z starting at 1 everywhere: hence d^-1/2.
-Depth. A block moves h by a step of size α on the sphere. If the steps of all blocks point one
-  way, they add up as their number, and α₀·m_d^-1 keeps the sum. The usual μP over depth
-  (depth_mup) takes the steps as unrelated: they add up as a root, so that α is α₀·m_d^-1/2. What
-  the blocks learn does point one way. It would add up to m_d · m_d^-1/2 = m_d^1/2, and depth_mup
-  divides the hidden rate by that. Both rules are consistent; experiments tell them apart. In the
-  paper's the best η of depth_mup drifts to the right (section 4.5).
+  Unembedding: no norm follows the logits z = s_z · E_out h. A step changes an aligned logit by
+  s_z · √d · rate. mup keeps this number equal at each width, with s_z starting at 1: hence
+  d^-1/2. The paper's nugpt asks for the same fraction of E_out h, as for a hidden matrix: hence
+  -3/4. With s_z starting at 1 an aligned step then changes a logit by m_w^-1/4 of what it does at
+  the base. That costs nothing that we could measure.
+Depth. A block moves h by a step of size α on the sphere. The steps of the first, random blocks
+  are unrelated, and m_d times as many of them add up to m_d^1/2 times as much. What training
+  changes in the blocks points one way, and adds up to m_d times as much. nugpt and mup keep the
+  second sum: α₀·m_d^-1, and no factor on the rates. The usual μP over depth (depth_mup) keeps the
+  first sum, α₀·m_d^-1/2. With that α the changes would add up to m_d^1/2 times as much, so that
+  it divides the hidden rate by m_d^1/2. In the paper's experiments the best η of depth_mup drifts
+  to the right (section 4.5).
 Steps. m_t^-1/3 is what the paper fitted to the best η of runs of several lengths (section 4.6).
   It is no theorem. Our runs of 100 to 1,600 steps agree for cosine and linear; wsd wants about
   -1/2.
@@ -64,10 +67,10 @@ Rescalers. A rescaler is a learned vector, raw · init/scale, and raw starts at 
   u = (W_u h) ⊙ s_u has no √d, as ν has: Norm follows the MLP and cancels any factor of u.
 s_z. What decided where it starts is a measurement. At 16 times the base's width, after 400 steps,
   a start at m_w^1/2 (nugpt_z) ends 0.03 nats above a start at 1 (results/README.md). The paper's
-  list of rules has no entry for s_z. We had read m_w^1/2 into its lemma 6.8, which wants the
-  first logits to be as large at each width. But the first logits are random, and small only for
-  that reason. Learned ones are aligned, and s_z ends at 15 to 17 at each width if it starts at 1.
-  A start at m_w^1/2 is too high for them, and makes s_z too fast.
+  list of rules has no entry for s_z. Its lemma 6.8, by which the first logits are as large at
+  each width, can be read as m_w^1/2. But the first logits are random, and small only for that
+  reason. Learned ones are aligned, and s_z ends at 15 to 17 at each width if it starts at 1. A
+  start at m_w^1/2 is too high for them, and makes s_z too fast.
 Not carried: head_dim, for which there is no rule (lemma 6.6 holds for a constant one), and
   batch_size.
 Adam's ε. Its step is the sign of the gradient only while ε is small beside the gradient.
@@ -120,13 +123,9 @@ VARIANTS = {
     # s_z starts at m_w^1/2: see "s_z" above
     "nugpt_z": ("nugpt", {"s_z_init": "m_w^1/2"}),
     "nugpt_full_z": ("nugpt_full", {"s_z_init": "m_w^1/2"}),
-    "mup_z": ("mup", {"s_z_init": "m_w^1/2"}),
-    # the same, but s_z is as fast as in the base
-    "nugpt_h": ("nugpt", {"s_z_init": "m_w^1/2", "s_z_scale": "c·m_w^1/2"}),
-    "mup_h": ("mup", {"s_z_init": "m_w^1/2", "s_z_scale": "c·m_w^1/2"}),
     # the usual μP over depth; over width it is as nugpt, so that only depth differs
     "depth_mup": ("nugpt", {"lr_hidden": "m_w^-3/4 · m_d^-1/2", "alpha_init": "α₀·m_d^-1/2"}),
-    # ours: the square-root rule at an equal number of tokens, where m_t is 1/m_b
+    # ours: at an equal number of tokens m_t is 1/m_b, and lr_all is m_b^1/6 · m_b^1/3 = m_b^1/2
     "nugpt_batch": ("nugpt", {"lr_all": "m_b^1/6 · m_t^-1/3"}),
 }
 

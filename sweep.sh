@@ -55,7 +55,7 @@ sweep() {
 }
 
 # A number with an x is a multiple of the base's value: 2^-1.5x is 2^-1.5 times the base's η. Three
-# numbers are from:to:factor, so this grid goes from there to twice the base's η in steps of √2.
+# numbers are from:to:factor: this grid ends at twice the base's η, and its steps are √2.
 grid=--learning_rate=2^-1.5x:2x:2^.5
 ngpt_grid=--learning_rate=2^-3x:1x:2^.5     # nGPT's best η is lower in larger models
 seeds=--seed=0,1,2

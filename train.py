@@ -148,8 +148,8 @@ class Config:
     compile: bool = option(True, "use torch.compile")
 
 
-# Options that change nothing that a run computes, but for rounding. All others make a run: a resumed
-# one cannot change them. The data's folder may move, but its tokens are compared.
+# Options that change nothing that a run computes, but for rounding. All others make a run, and a
+# resumed one cannot change them. The data's folder may move, but its tokens are compared.
 MAY_CHANGE_ON_RESUME = {
     "base", "micro_batch_size", "data", "out_dir", "resume", "sample_only", "prompt",
     "sample_tokens", "temperature", "top_k", "log_every", "eval_every", "checkpoint_every",
@@ -261,28 +261,25 @@ def read_base(path, config_class=Config):
                 raise ValueError(f"the base {path} is wrong: {error}") from None
     for name in [*SIZES[:4], "learning_rate"]:
         require(name in base, f"the base {path} has no {name}")
-    # A hand-written file is itself the base. A run's config.json has base_width, base_depth, …
-    # already. They are kept: models are scaled from that run's base, not from the run.
+    # A hand-written file is itself the base. A run's config.json has base_width, base_depth, … of the
+    # base from which that run was scaled; they are handed on, and the run itself is not the base.
     for size in SIZES[:4]:
         base.setdefault(f"base_{size}", base[size])
     return base
 
 
 def not_carried(config, meta):
-    """What differs from the base though the rule does not carry η over it: [name (from → to), …]."""
+    """What differs from the base though no rule carries η over it: [name (from → to), …]."""
     base = type(config)(**read_base(config.base, type(config)))
-    tokenizer = read_base_file(config.base).get("data", {}).get("tokenizer", meta["tokenizer"])
-    pairs = {
-        "head_dim": (base.head_dim, config.head_dim),
-        "seq_len": (base.seq_len, config.seq_len),
-        "schedule": (base.schedule, config.schedule),
-        "base_width": (base.base_width, config.base_width),
-        "tokenizer": (tokenizer, meta["tokenizer"]),
-    }
+    base.batch_size = base.base_batch_size      # a run as base has a base of its own, see read_base
+    names = ["head_dim", "seq_len", "schedule", "min_lr_ratio", "decay_fraction", *SIZES[4:7]]
     cells = COLUMNS.get(config.parametrization, {}).values()
     if not any("m_b" in cell for cell in cells):        # a column with m_b carries η over the batch
-        pairs["batch_size"] = (base.base_batch_size, config.batch_size)
-    return [f"{name} ({old} → {new})" for name, (old, new) in pairs.items() if old != new]
+        names.append("batch_size")
+    pairs = [(name, getattr(base, name), getattr(config, name)) for name in names]
+    tokenizer = read_base_file(config.base).get("data", {}).get("tokenizer", meta["tokenizer"])
+    pairs.append(("tokenizer", tokenizer, meta["tokenizer"]))
+    return [f"{name} ({old} → {new})" for name, old, new in pairs if old != new]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -476,7 +473,7 @@ def wrap(model, config, batch, autocast):
         if isinstance(error, torch.OutOfMemoryError):
             raise
         trouble = f"{type(error).__name__}: {error}".splitlines()[0]
-    model.zero_grad(set_to_none=world_size == 1)
+    model.zero_grad(set_to_none=world_size == 1)        # as in train
     troubles = [one for one in gather(trouble) if one]
     if not troubles:
         return wrapped
@@ -507,10 +504,9 @@ def gather(value):
 
 
 def schedule(step, config):
-    """What multiplies the learning rate in a step. It starts at 1, and would reach min_lr_ratio one
-    step after the last; wsd falls only in the last decay_fraction of the steps. Linear warm-up
-    replaces the first steps of that curve and leaves the others as they are: unlike nanoGPT's, the
-    decay is counted from step 0."""
+    """What multiplies the learning rate in a step: from 1 in step 0 down to min_lr_ratio, which it
+    would reach one step after the last. Warm-up replaces the first steps of that curve by a line
+    from 0, and leaves the others as they are."""
     if step < config.warmup_steps:
         return (step + 1) / (config.warmup_steps + 1)
     height = SCHEDULES[config.schedule](step / config.steps, config)
@@ -647,8 +643,8 @@ def load(path, mmap=False):
 
 
 def load_weights(path, model):
-    """The checkpoint at path, whose weights the model now has. Raises ValueError if it was made with
-    other sizes or rescalers, or by another model.py."""
+    """The checkpoint at path, whose weights the model now has. Raises ValueError if it was made
+    with other sizes or rescalers, or by another model.py."""
     # A GPU copies from a file that is mapped to memory. On the CPU Adam's state would go on
     # pointing into the file, and its place on the disk would stay taken.
     checkpoint = load(path, mmap=model.embedding.is_cuda)
@@ -955,8 +951,9 @@ def parse_args(argv, config_class=Config):
 
 
 def load_config(given, config_class=Config):
-    """The Config of the options given, {name: value}. What they leave out comes from the base, if
-    one is given, then from the run that is resumed, then from Config. Raises ValueError."""
+    """The Config of a command. given: its options, {name: value}. The value of an option is the
+    command's, else the base's, if one is given, else that of the run to be resumed, else Config's.
+    Raises ValueError."""
     if given.get("base"):
         given = {**read_base(given["base"], config_class), **given}
     config = config_class(**given)
