@@ -2,8 +2,8 @@
 What model.py, parametrize.py, train.py and prepare_data.py promise: `python -m pytest`, without a
 network or a GPU. What the laboratory promises stands in results/test_*.py.
 
-Each test states one claim, and was seen to fail with the code that it guards broken. Sizes are tiny,
-since a wrong factor or axis is as wrong at width 32 as at 4096.
+Each test states one claim, and was seen to fail with the code that it guards broken. Sizes are
+tiny, since a wrong factor or axis is as wrong at width 32 as at 4096.
 """
 import codecs
 import csv
@@ -49,7 +49,7 @@ SCRIPTS = ["train.py", "model.py", "parametrize.py", "prepare_data.py"]
 VAL = "fineweb_val_000000.bin"
 TRAIN = [f"fineweb_train_{number:06d}.bin" for number in range(1, 5)]
 GERMAN = "Der Fluß trägt alte Boote.\n" * 200
-torch.set_num_threads(1)        # as in the processes below, so that sums are taken in the same order
+torch.set_num_threads(1)        # as in the processes below: sums are taken in the same order
 
 
 # ------------------------------------------------------------------------------------------------
@@ -118,7 +118,7 @@ def make_data(folder, text):
 
 
 def options(data, out_dir, **changes):
-    """Options of a run of a fraction of a second: 8 steps of 4 sequences, at twice the base size."""
+    """Options of a run of a fraction of a second: 8 steps of 4 sequences, twice the base's size."""
     tiny = {"width": 32, "depth": 2, "head_dim": 8, "seq_len": 16, "steps": 8, "batch_size": 4,
             "base_width": 16, "base_depth": 1, "base_steps": 4, "base_batch_size": 2,
             "data": data, "out_dir": out_dir, "device": "cpu", "dtype": "float32", "compile": False,
@@ -445,12 +445,13 @@ def test_every_cell_gives_the_published_number(line):
     embedding, hidden, unembedding, rescalers, alpha, scale = map(float, numbers[4:])
     settings, lr_factors = parametrize(column, width=width, depth=depth, steps=steps,
                                        batch_size=batch_size, **BASE)
-    assert lr_factors == pytest.approx({"embedding": embedding, "hidden": hidden,
-                                        "unembedding": unembedding, "rescalers": rescalers}, rel=1e-5)
+    expected = {"embedding": embedding, "hidden": hidden, "unembedding": unembedding,
+                "rescalers": rescalers}
+    assert lr_factors == pytest.approx(expected, rel=1e-5)
     of_one = ["s_qk_init", "s_u_init", "s_nu_init", "s_z_init", "s_u_scale", "s_nu_scale"]
     assert settings == pytest.approx({
-        "alpha_A_init": alpha, "alpha_M_init": alpha, "alpha_A_scale": scale, "alpha_M_scale": scale,
-        "s_qk_scale": scale, "s_z_scale": scale, **dict.fromkeys(of_one, 1)}, rel=1e-5)
+        "alpha_A_init": alpha, "alpha_M_init": alpha,
+        "alpha_A_scale": scale, "alpha_M_scale": scale, "s_qk_scale": scale, "s_z_scale": scale, **dict.fromkeys(of_one, 1)}, rel=1e-5)
 
 
 def test_nugpt_z_starts_the_logits_at_the_root_of_the_width():
@@ -535,7 +536,7 @@ def test_the_readmes_table_is_the_one_that_is_used():
     assert shown == parametrize_py.TABLE
 
 
-# Somebody's own nGPT: other names, another layout (u and ν are the halves of one matrix), nn.Linear.
+# Somebody's own nGPT: other names, nn.Linear, u and ν as the halves of one matrix.
 OWN_CLASSES = {
     "embedding": ["wte"],
     "hidden": ["query", "key", "value", "att_c_proj", "c_fc", "mlp_c_proj"],
@@ -780,8 +781,8 @@ def breaks_off_while_saving(state, file, save=torch.save):
 
 
 def test_a_run_killed_anywhere_and_resumed_is_bit_equal(data, tmp_path, monkeypatch):
-    """kill -9: before the first step, in the middle of writing a checkpoint, then six times wherever
-    it strikes."""
+    """kill -9: before the first step, in the middle of writing a checkpoint, then six times
+    wherever it strikes."""
     whole = tmp_path / "whole"
     killed = tmp_path / "killed"
     resumed = [f"--out_dir={killed}", "--resume"]
@@ -1177,7 +1178,8 @@ BAD_BASES = {       # content of the file: what the sentence says
 }
 for option, value, words in [
         ("widht", 3, "unknown option, widht"), ("width", 16.5, "width must be of type int"),
-        ("width", 20, "width must be a positive multiple"), ("schedule", "step", "schedule must be"),
+        ("width", 20, "width must be a positive multiple"),
+        ("schedule", "step", "schedule must be"),
         ("learning_rate", -1, "must be above 0"), ("parametrization", "sp", "no parametrization")]:
     BAD_BASES[json.dumps({"config": {**BASE_NUMBERS, option: value}})] = words
 
@@ -1338,7 +1340,8 @@ ABLATIONS = {       # name: its edits, each (file, text before, text after)
     ],
     "gradient clipping": [
         ("train.py", "        optimizer.step()\n",
-         "        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)\n        optimizer.step()\n"),
+         "        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)\n"
+         "        optimizer.step()\n"),
     ],
     "ReLU² in the MLP": [
         ("model.py", "(u * F.silu(nu))", "(u * F.relu(nu).square())"),
@@ -1361,7 +1364,8 @@ ABLATIONS = {       # name: its edits, each (file, text before, text after)
         ("train.py", "torch.optim.AdamW(groups,", "Muon(groups,"),
     ],
     "another schedule": [
-        ("train.py", "SCHEDULES = {", 'SCHEDULES = {\n    "steep": lambda done, config: (1 - done) ** 2,'),
+        ("train.py", "SCHEDULES = {",
+         'SCHEDULES = {\n    "steep": lambda done, config: (1 - done) ** 2,'),
     ],
 }
 
@@ -1385,15 +1389,16 @@ def test_an_ablation_is_a_few_edits_and_changes_the_run(name, data, tmp_path):
 def test_a_class_without_parameters_is_said(data, tmp_path, capfd):
     folder = fork(tmp_path, *ABLATIONS["tied embeddings"])
     assert outcome(start(*options(data, ""), folder=folder)) == 0
-    assert "no parameter is of the class unembedding: its rate is not used" in capfd.readouterr().out
+    said = capfd.readouterr().out
+    assert "no parameter is of the class unembedding: its rate is not used" in said
 
 
 def test_the_gradients_norm_in_the_log_is_two_edits(data, tmp_path):
-    line = "        metrics = {}        # a fork's own numbers of this step, as floats; name them in LOG, too\n"
-    norm = '        metrics["norm"] = train_norm(model)\n'.replace(
-        "train_norm(model)", "sum(p.grad.square().sum() for p in model.parameters()).sqrt().item()")
-    folder = fork(tmp_path / "fork", ("train.py", line, line + norm),
-                  ("train.py", '*LOGGED_RESCALERS, "status"]', '*LOGGED_RESCALERS, "norm", "status"]'))
+    line = "        metrics = {}        # a fork's own numbers of this step, as floats; "
+    norm = ('        metrics = {"norm": torch.cat([p.grad.flatten() for p in model.parameters()])'
+            ".norm().item()}     # ")
+    folder = fork(tmp_path / "fork", ("train.py", line, norm),
+                  ("train.py", 'RESCALERS, "status"]', 'RESCALERS, "norm", "status"]'))
     assert outcome(start(*options(data, tmp_path / "out"), folder=folder)) == 0
     assert all(float(row["norm"]) > 0 for row in log(tmp_path / "out"))
 
@@ -1403,7 +1408,8 @@ WINDOW = [
     ("model.py", "    mlp_ratio: float", "    window: int = 0\n    mlp_ratio: float"),
     ("model.py", "        B, T, d = h.shape\n",
      "        B, T, d = h.shape\n        assert self.window in (0, 8)\n"),
-    ("model.py", "        self.head_dim = D\n", "        self.head_dim = D\n        self.window = config.window\n"),
+    ("model.py", "        self.head_dim = D\n",
+     "        self.head_dim = D\n        self.window = config.window\n"),
 ]
 
 
@@ -1432,7 +1438,8 @@ def test_a_run_of_another_model_py_is_refused_in_one_sentence(data, tmp_path, ca
 def extra_matrix(shape):
     """Edits that add a matrix to each block, and use it."""
     place = "        self.s_qk = Rescaler("
-    return [("model.py", place, f"        self.extra = nn.Parameter(torch.empty({shape}))\n{place}"),
+    extra = f"        self.extra = nn.Parameter(torch.empty({shape}))\n"
+    return [("model.py", place, extra + place),
             ("model.py", "norm(self.mlp(h))", "norm(self.mlp(F.linear(h, self.extra)))")]
 
 

@@ -261,8 +261,8 @@ def read_base(path, config_class=Config):
                 raise ValueError(f"the base {path} is wrong: {error}") from None
     for name in [*SIZES[:4], "learning_rate"]:
         require(name in base, f"the base {path} has no {name}")
-    # A hand-written file is itself the base. A run's config.json has base_width, base_depth, … of the
-    # base from which that run was scaled; they are handed on, and the run itself is not the base.
+    # A hand-written file is itself the base. A run's config.json has base_width, base_depth, … of
+    # the base from which that run was scaled; they are handed on, and the run is not the base.
     for size in SIZES[:4]:
         base.setdefault(f"base_{size}", base[size])
     return base
