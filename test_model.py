@@ -451,7 +451,8 @@ def test_every_cell_gives_the_published_number(line):
     of_one = ["s_qk_init", "s_u_init", "s_nu_init", "s_z_init", "s_u_scale", "s_nu_scale"]
     assert settings == pytest.approx({
         "alpha_A_init": alpha, "alpha_M_init": alpha,
-        "alpha_A_scale": scale, "alpha_M_scale": scale, "s_qk_scale": scale, "s_z_scale": scale, **dict.fromkeys(of_one, 1)}, rel=1e-5)
+        "alpha_A_scale": scale, "alpha_M_scale": scale, "s_qk_scale": scale, "s_z_scale": scale,
+        **dict.fromkeys(of_one, 1)}, rel=1e-5)
 
 
 def test_nugpt_z_starts_the_logits_at_the_root_of_the_width():
