@@ -1122,6 +1122,14 @@ def test_a_missing_model_or_tokenizer_ends_sample_only_with_1(trained, tmp_path,
         "train.py: no sample: tiktoken has no network")
 
 
+def test_a_token_in_a_vocabularys_gap_is_no_traceback(data, monkeypatch, capsys):
+    def decode(self, tokens):
+        raise KeyError(200)
+    monkeypatch.setattr(prepare_data.ByteTokenizer, "decode", decode)
+    assert run(*options(data, "", sample_tokens=5)) == 0
+    assert "no sample: byte has no token 200" in capsys.readouterr().out
+
+
 def test_a_run_ends_well_without_its_sample(data, monkeypatch, capsys):
     monkeypatch.setattr(train, "get_tokenizer", no_network)
     assert run(*options(data, "", sample_tokens=5)) == 0

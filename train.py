@@ -563,7 +563,11 @@ def print_sample(model, tokenizer_name, config, autocast):
         tokens = model.generate(tokens, config.sample_tokens, config.temperature,
                                 config.top_k or None)
     # the model's vocabulary may be rounded up beyond the tokenizer's
-    text = tokenizer.decode([token for token in tokens[0].tolist() if token < tokenizer.vocab_size])
+    tokens = [token for token in tokens[0].tolist() if token < tokenizer.vocab_size]
+    try:
+        text = tokenizer.decode(tokens)
+    except KeyError as error:       # some vocabularies have gaps
+        raise ValueError(f"no sample: {tokenizer_name} has no token {error}") from None
     # a model of bytes may utter what a terminal takes for a command
     text = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
     say(f"{'-' * 30} sample {'-' * 30}\n{text}\n{'-' * 68}")
